@@ -1,0 +1,285 @@
+"""Pictures and what is done to them: datasets, transforms, corruptions. Tensors in, tensors out.
+
+Datasets give (PIL image, label) and `Transformed` turns them into (tensor, label). Tensors of images are
+float32, (B, 3, H, W), normalised with MEAN and STD. Masks are boolean: True = corrupted.
+"""
+import colorsys
+import math
+import os
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms import v2
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)             # ImageNet's, used for every data set
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used; the message is one sentence that names it and the way out."""
+
+
+def seed_from(*numbers):
+    """One 63-bit seed from several non-negative integers, such as (seed, epoch, index)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------- datasets
+
+class Shapes(Dataset):
+    """Pictures drawn by the program, ten classes, the same for the same (train, index, size) everywhere.
+
+    One or two objects of one class over a ground under a sky. The class fixes the outline and the texture, and,
+    up to some spread, the hue, so that shape, colour and texture can each be guessed from the other two.
+    """
+
+    #           outline      lobes  hue   texture
+    CLASSES = [("polygon",   3,     0.00, "plain"),
+               ("flower",    5,     0.12, "rings"),
+               ("polygon",   4,     0.58, "checks"),
+               ("star",      5,     0.15, "plain"),
+               ("round",     0,     0.05, "stripes"),
+               ("ring",      0,     0.80, "checks"),
+               ("star",      4,     0.90, "rings"),
+               ("flower",    3,     0.70, "stripes"),
+               ("polygon",   6,     0.45, "rings"),
+               ("moon",      0,     0.16, "plain")]
+
+    def __init__(self, train, size, length=None):
+        self.train, self.size = train, size
+        self.length = length or (10_000 if train else 1_000)
+        self.y, self.x = np.mgrid[0:size, 0:size].astype(np.float32) / size          # pixel coordinates in [0, 1)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([0 if self.train else 1, index])
+        label = index % 10
+        picture = self._background(rng)
+        for _ in range(rng.integers(1, 3)):
+            self._draw(picture, rng, *self.CLASSES[label])
+        return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)), label
+
+    def _background(self, rng):
+        sky = colorsys.hsv_to_rgb(rng.uniform(0.52, 0.66), rng.uniform(0.2, 0.6), rng.uniform(0.75, 1.0))
+        ground = colorsys.hsv_to_rgb(rng.uniform(0.08, 0.36), rng.uniform(0.3, 0.6), rng.uniform(0.35, 0.6))
+        horizon = rng.uniform(0.45, 0.75) + 0.04 * np.sin(rng.uniform(4, 12) * self.x + rng.uniform(0, 6.3))
+        below = ((self.y - horizon) * self.size).clip(0, 1)[:, :, None]              # 1 = ground, one pixel of blur
+        haze = 0.5 * (self.y / horizon).clip(0, 1)[:, :, None] ** 2                  # the sky pales downwards
+        furrows = 1 + 0.15 * np.sin(60 * (self.y - horizon).clip(0, 1) ** 0.7 + rng.uniform(0, 6.3))[:, :, None]
+        return (1 - below) * (sky + haze * (1 - np.array(sky))) + below * furrows * ground
+
+    def _draw(self, picture, rng, outline, lobes, hue, texture):
+        radius, turn = rng.uniform(0.15, 0.3), rng.uniform(0, 2 * math.pi)
+        u, v = (self.x - rng.uniform(0.2, 0.8)) / radius, (self.y - rng.uniform(0.25, 0.8)) / radius
+        r, angle = np.hypot(u, v), np.arctan2(v, u) + turn
+        sector = np.mod(angle, 2 * math.pi / max(lobes, 1)) - math.pi / max(lobes, 1)
+        if outline == "polygon":
+            edge = math.cos(math.pi / lobes) / np.cos(sector)
+        elif outline == "star":
+            edge = 0.4 + 0.6 * np.abs(sector) * lobes / math.pi
+        elif outline == "flower":
+            edge = 0.7 + 0.3 * np.cos(lobes * angle)
+        else:
+            edge = np.ones_like(r)
+        inside = edge - r                                                            # > 0 inside, in radii
+        if outline == "ring":
+            inside = np.minimum(inside, r - 0.5)
+        if outline == "moon":
+            inside = np.minimum(inside, np.hypot(u - 0.5 * math.cos(turn), v - 0.5 * math.sin(turn)) - 0.8)
+        across, along = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
+        wave = {"plain": np.zeros_like(r), "stripes": np.sin(9 * across), "rings": np.sin(12 * r),
+                "checks": np.sin(7 * across) * np.sin(7 * along)}[texture]
+        color = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.02)) % 1, rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.0))
+        light = 0.85 - 0.2 * (u + v) + 0.25 * wave                                   # lit from the upper left
+        alpha = (inside * radius * self.size + 0.5).clip(0, 1)[:, :, None]           # one pixel of blur at the edge
+        picture += alpha * (light[:, :, None] * color - picture)
+
+
+def read_rgb(path):
+    """The image file as a PIL image in RGB, whatever it was (gray, palette, RGBA, CMYK). BadInput names the file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:          # PIL raises OSError, SyntaxError, ValueError ... for broken files
+        raise BadInput(f"cannot read the image {path} ({' '.join(str(error).split())}): "
+                       "repair or delete it, then run again") from None
+
+
+class Pictures(Dataset):
+    """Image files without labels (the label given is -1)."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return read_rgb(self.paths[index]), -1
+
+
+def find_images(folder):
+    """Sorted paths of all image files below the folder, links followed."""
+    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    return sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
+                  for name in names if name.lower().endswith(extensions))
+
+
+def unlabelled_dataset(name, train, img_size):
+    """The training or held-out pictures of "shapes", "cifar10", or a folder. Raises BadInput.
+
+    A folder with train/ and val/ is used so; from any other tree of images every tenth picture (but not many
+    more than 256 in all) is held out.
+    """
+    if name == "shapes":
+        return Shapes(train, img_size)
+    if name == "cifar10":
+        try:
+            return torchvision.datasets.CIFAR10("data", train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"cannot get CIFAR-10 into ./data ({error}): put cifar-10-batches-py there, "
+                           "or give --data a folder of images") from None
+    if not os.path.isdir(name):
+        raise BadInput(f"--data {name} is no folder: give a folder of images, 'shapes' or 'cifar10'")
+    train_folder, val_folder = os.path.join(name, "train"), os.path.join(name, "val")
+    if os.path.isdir(train_folder) and os.path.isdir(val_folder):
+        folder = train_folder if train else val_folder
+        paths = find_images(folder)
+    else:
+        folder = train_folder if os.path.isdir(train_folder) else name
+        paths = find_images(folder)
+        held_out = set(paths[::max(10, len(paths) // 256)])
+        paths = [path for path in paths if (path in held_out) != train]
+    if not paths:
+        raise BadInput(f"no image files to {'train on' if train else 'hold out'} in {folder}: "
+                       "give --data a folder with train/ and val/, or one with at least two images")
+    return Pictures(paths)
+
+
+# ---------------------------------------------------------------- transforms and order
+
+def pretrain_transform(img_size):
+    """PIL image -> (3, img_size, img_size): RandomResizedCrop and flip only, as both papers pretrain."""
+    return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(MEAN, STD)])
+
+
+def center_transform(img_size):
+    """PIL image -> (3, img_size, img_size): the short side resized, the centre cut out."""
+    return v2.Compose([v2.Resize(img_size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(img_size),
+                       v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+class Transformed(Dataset):
+    """(transform(image), label), with random numbers that depend on (seed, epoch, index) and nothing else:
+    not on the number of workers or processes, nor on where a run was killed and resumed.
+
+    Its keys are the pairs (epoch, index) that EpochSampler gives.
+    """
+
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_from(self.seed, epoch, index))
+            return self.transform(image), label
+
+
+class EpochSampler(DistributedSampler):
+    """DistributedSampler that gives (epoch, index) and can leave out the first `skip` samples of its process."""
+
+    skip = 0
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
+
+
+def denormalize(images):
+    """Normalised images -> [0, 1], clamped."""
+    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (MEAN, STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- corruptions (energy paper, sec. 4.1)
+# Each takes a batch of normalised images (B, 3, H, W) and returns a corrupted copy, drawn per image with
+# `generator`, a torch.Generator on the images' device. Blank means 0, the mean colour  (Decision: the paper does
+# not say which value).
+
+def mask_grid(images, generator, cell, ratio):
+    """Blanks round(ratio * cells) of the cells, squares of `cell` pixels in a regular grid (`Gridded`, Table 1)."""
+    B, _, H, W = images.shape
+    h, w = H // cell, W // cell
+    rank = torch.rand(B, h * w, generator=generator, device=images.device).argsort(dim=1).argsort(dim=1)
+    mask = (rank < round(ratio * h * w)).view(B, 1, h, w)                            # True = corrupted
+    mask = mask.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)        # (B, 1, H, W)
+    return images.masked_fill(mask, 0)
+
+
+def mask_random(images, generator, count, area):
+    """Blanks `count` rectangles, area share U(*area) and aspect ratio U(0.5, 2) each (`Random`, Table 1).
+
+    Decision: rectangles lie inside the picture, uniformly, and may overlap.
+    """
+    B, _, H, W = images.shape
+    draw = torch.rand(4, B, count, 1, generator=generator, device=images.device)
+    share, aspect = area[0] + (area[1] - area[0]) * draw[0], 0.5 + 1.5 * draw[1]
+    height, width = H * (share * aspect).sqrt(), W * (share / aspect).sqrt()         # (B, count, 1), in pixels
+    top, left = (H - height) * draw[2], (W - width) * draw[3]
+    y, x = (torch.arange(n, device=images.device) + 0.5 for n in (H, W))             # pixel centres
+    rows = ((y >= top) & (y < top + height)).float()                                 # (B, count, H)
+    columns = ((x >= left) & (x < left + width)).float()                             # (B, count, W)
+    mask = (rows.transpose(1, 2) @ columns > 0)[:, None]                             # True = in some rectangle
+    return images.masked_fill(mask, 0)
+
+
+def low_resolution(images, generator, scale):
+    """Bicubic down by `scale` (with antialiasing), nearest up: constant on scale x scale blocks (`SR`, Table 2)."""
+    small = F.interpolate(images, scale_factor=1 / scale, mode="bicubic", antialias=True)
+    return F.interpolate(small, size=images.shape[2:], mode="nearest")
+
+
+def noise(images, generator):
+    """sqrt(gamma) x + sqrt(1 - gamma) eps, eps ~ N(0, I), gamma ~ U(0, 1) per image (`Denoising`, Table 2)."""
+    gamma = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    eps = torch.randn(images.shape, generator=generator, device=images.device)
+    return gamma.sqrt() * images + (1 - gamma).sqrt() * eps
+
+
+def gray(images, generator):
+    """The luma (ITU-R 601) of the un-normalised image in all three channels (`Colorization`, Table 2)."""
+    mean, std, luma = (torch.tensor(c, device=images.device).view(3, 1, 1)
+                       for c in (MEAN, STD, (0.299, 0.587, 0.114)))
+    return (((images * std + mean) * luma).sum(dim=1, keepdim=True) - mean) / std
+
+
+def mix(images, generator, corruptions):
+    """One of the corruptions, a list of functions f(images, generator), uniformly per image (sec. 4.2)."""
+    choice = torch.randint(len(corruptions), (len(images),), generator=generator, device=images.device)
+    stack = torch.stack([corrupt(images, generator) for corrupt in corruptions])     # (kinds, B, 3, H, W)
+    return stack[choice, torch.arange(len(images), device=images.device)]
+
+
+def blank_patch_edges(images, generator, patch_size):
+    """Blanks the k outermost pixels of every patch, k = 1 or 2 with probability 1/2 each, drawn per patch (sec. A.2).
+
+    Decision: k = 1 for patches under 5 pixels, of which k = 2 would leave nothing.
+    """
+    B, _, H, W = images.shape
+    p, h, w = patch_size, H // patch_size, W // patch_size
+    k = 1 + torch.randint(2 if p >= 5 else 1, (B, h, 1, w, 1), generator=generator, device=images.device)
+    i = torch.arange(p, device=images.device)
+    depth = torch.minimum(i, p - 1 - i)                                              # 0 at the edge, 1 next to it ...
+    depth = torch.minimum(depth.view(p, 1, 1), depth)                                # (p, 1, p)
+    mask = (depth < k).reshape(B, 1, H, W)                                           # True = corrupted
+    return images.masked_fill(mask, 0)

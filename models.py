@@ -1,0 +1,259 @@
+"""Backbones, as plain nn.Modules that know nothing of the method that trains them.
+
+Every backbone has the same two methods and two numbers:
+
+    forward(images)      (B, 3, H, W) -> (B, width)                          one pooled feature per image
+    forward_map(images)  (B, 3, H, W) -> (B, width, H // stride, W // stride)  the dense feature map
+
+ViT uses timm's parameter names and ResNet torchvision's, so that weights move in both directions;
+ConvNeXt-T and Swin-T are torchvision's own classes with the classifier taken off.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import convnext, swin_transformer
+
+
+# ---------------------------------------------------------------- Vision Transformer
+
+def sincos_2d(dim, grid_size):
+    """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim), in [-1, 1].
+
+    A quarter of the channels each for sin(x), cos(x), sin(y), cos(y); `dim` must be a multiple of 4.
+    """
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
+    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega                       # (N, dim/4) each
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]    # (1, N, dim)
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, N, dim): one linear map of every patch_size x patch_size patch, in raster order."""
+
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))      # as the linear layer that it is
+
+    def forward(self, images):
+        B, C, H, W = images.shape
+        p = self.patch_size
+        # A convolution whose stride is its kernel is a matrix product. Written as one, it is several times
+        # faster on a CPU, most of all in the second derivative that the energy method takes.
+        x = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)    # (B, h, w, C, p, p)
+        x = x.reshape(B, (H // p) * (W // p), C * p * p)                            # (B, N, C*p*p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)             # (B, N, dim)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
+        x = F.scaled_dot_product_attention(q, k, v)                  # (B, h, N, D/h)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al., 2021), pre-norm, with a class token.
+
+    pool: "cls" or "mean" (of the patch tokens). pos_embed: "sincos" (fixed; its class token entry is
+    zero) or "learned". Initialised as MAE does: xavier-uniform linear layers, normal 0.02 for the rest.
+    """
+
+    def __init__(self, dim, depth, heads, img_size=224, patch_size=16, pool="cls", pos_embed="sincos"):
+        super().__init__()
+        self.width, self.stride, self.pool = dim, patch_size, pool
+        grid_size = img_size // patch_size
+        self.patch_embed = PatchEmbed(dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size ** 2, dim), requires_grad=pos_embed == "learned")
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed.data[:, 1:] = sincos_2d(dim, grid_size)
+
+    def forward_tokens(self, images, pos_embed=None, keep=None):
+        """(B, 3, H, W) -> (B, 1 + M, dim), normalised, the class token first.
+
+        keep: (B, M) int64, the patches that enter; None: all N, in raster order.
+        pos_embed: (B, M, dim), used for those patches in place of the model's own (the class token keeps its own).
+        """
+        x = self.patch_embed(images)                                               # (B, N, dim)
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))           # (B, M, dim)
+        x = x + (self.pos_embed[:, 1:] if pos_embed is None else pos_embed)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, dim)
+        x = torch.cat([cls, x], dim=1)                                             # (B, 1 + M, dim)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images, pos_embed=None, keep=None):
+        x = self.forward_tokens(images, pos_embed, keep)
+        return x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1)
+
+    def forward_map(self, images):
+        B, _, H, W = images.shape
+        x = self.forward_tokens(images)[:, 1:]                                     # (B, N, dim)
+        return x.transpose(1, 2).reshape(B, self.width, H // self.stride, W // self.stride)
+
+
+# ---------------------------------------------------------------- ResNet
+
+def norm_layer(kind, channels):
+    """BatchNorm, or GroupNorm with 32 groups (Wu & He, 2018); narrow layers get two channels a group."""
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(min(32, channels // 2), channels)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (carries the stride), 1x1 to four times the width, around a shortcut."""
+
+    def __init__(self, in_channels, width, stride, norm):
+        super().__init__()
+        out_channels = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = norm_layer(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = norm_layer(norm, width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = norm_layer(norm, out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                                            norm_layer(norm, out_channels))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """ResNet (He et al., 2016) of bottleneck blocks, the stride on the 3x3 convolution as in torchvision.
+
+    width: channels of the stem; 2x and 4x widen every layer, as SimCLR does. small_images: a 3x3 stem of
+    stride 1 without pooling (stride 8 in all instead of 32). norm: "batch" or "group".
+    """
+
+    def __init__(self, layers, width, norm="batch", small_images=False):
+        super().__init__()
+        self.width, self.stride = 32 * width, 8 if small_images else 32
+        self.conv1 = nn.Conv2d(3, width, 3 if small_images else 7, 1 if small_images else 2,
+                               padding=1 if small_images else 3, bias=False)
+        self.bn1 = norm_layer(norm, width)
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = width
+        for i, depth in enumerate(layers):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(Bottleneck(in_channels, width * 2 ** i, stride, norm))
+                in_channels = 4 * width * 2 ** i
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_map(self, images):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))       # (B, width/32, H/4, W/4)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, width, H/32, W/32)
+
+    def forward(self, images):
+        return self.forward_map(images).mean(dim=(2, 3))
+
+
+# ---------------------------------------------------------------- torchvision's ConvNeXt-T and Swin-T
+
+class ConvNeXtT(convnext.ConvNeXt):
+    """torchvision's convnext_tiny without its last linear layer and without stochastic depth."""
+
+    width, stride = 768, 32
+
+    def __init__(self):
+        Stage = convnext.CNBlockConfig
+        super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)])
+        self.classifier[2] = nn.Identity()
+
+    def forward_map(self, images):
+        return self.features(images)
+
+
+class SwinT(swin_transformer.SwinTransformer):
+    """torchvision's swin_t without its head and without stochastic depth."""
+
+    width, stride = 768, 32
+
+    def __init__(self):
+        super().__init__(patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
+                         window_size=[7, 7], stochastic_depth_prob=0.0)
+        self.head = nn.Identity()
+
+    def forward_map(self, images):
+        return self.permute(self.norm(self.features(images)))        # (B, h, w, 768) -> (B, 768, h, w)
+
+
+# ---------------------------------------------------------------- by name
+
+MODELS = {
+    "vit_nano": (ViT, dict(dim=96, depth=4, heads=3)),               # for a CPU
+    "vit_t": (ViT, dict(dim=192, depth=12, heads=3)),
+    "vit_s": (ViT, dict(dim=384, depth=12, heads=6)),
+    "vit_b": (ViT, dict(dim=768, depth=12, heads=12)),
+    "vit_l": (ViT, dict(dim=1024, depth=24, heads=16)),
+    "resnet_nano": (ResNet, dict(layers=(1, 1, 1, 1), width=16, small_images=True)),  # for a CPU
+    "resnet50": (ResNet, dict(layers=(3, 4, 6, 3), width=64)),
+    "resnet50x2": (ResNet, dict(layers=(3, 4, 6, 3), width=128)),
+    "resnet50x4": (ResNet, dict(layers=(3, 4, 6, 3), width=256)),
+    "convnext_t": (ConvNeXtT, {}),
+    "swin_t": (SwinT, {}),
+}
+
+
+def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch"):
+    """The backbone named `model` (a key of MODELS). ViTs take the next four arguments, ResNets `norm`."""
+    cls, options = MODELS[model]
+    if cls is ViT:
+        options = dict(options, img_size=img_size, patch_size=patch_size, pool=pool, pos_embed=pos_embed)
+    if cls is ResNet:
+        options = dict(options, norm=norm)
+    return cls(**options)

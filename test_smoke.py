@@ -1,0 +1,479 @@
+"""pytest: on a CPU, without network, in a few minutes. The real scripts are run at toy size, two processes included."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import energy_pretrain
+import models
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = ["--model", "vit_nano", "--img_size", "16", "--patch_size", "4", "--batch_size", "16", "--lr", "1e-3",
+        "--num_workers", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """48 training and 12 held-out pictures as files, one each gray, palette, RGBA and CMYK."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, length in (("train", 48), ("val", 12)):
+        (root / split / "a").mkdir(parents=True)
+        shapes = data.Shapes(split == "train", 24)
+        for i in range(length):
+            mode = {0: "L", 1: "P", 2: "RGBA", 3: "CMYK"}.get(i, "RGB")
+            name = f"{i:03d}.{'png' if mode in ('P', 'RGBA') else 'jpg'}"
+            shapes[i][0].convert(mode).save(root / split / "a" / name)
+    return str(root)
+
+
+def run(script, *args, processes=1, check=True):
+    """Runs a script as a user does; -> CompletedProcess."""
+    command = [sys.executable] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    result = subprocess.run([*command, os.path.join(HERE, script), *map(str, args)], capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def read_log(output_dir):
+    with open(os.path.join(output_dir, "log.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def weights(output_dir, name="checkpoint.pt"):
+    return torch.load(os.path.join(output_dir, name), weights_only=True)["model"]
+
+
+def tiny_vit(**options):
+    return models.ViT(dim=16, depth=2, heads=2, img_size=16, patch_size=4, **options)
+
+
+def tiny_energy(backbone=None, seed=0, **options):
+    """An EnergyModel whose scale is set, ready to train, and a corrupted batch (x, target, context) for it."""
+    torch.manual_seed(seed)
+    model = energy_pretrain.EnergyModel(backbone or tiny_vit(), **options)
+    images = torch.randn(4, 3, 16, 16)
+    batch = data.gray(images, None), images, {}
+    energy_pretrain.prepare(model, *batch)
+    return model, batch
+
+
+# ---------------------------------------------------------------- models
+
+def test_resnet_is_torchvisions():
+    ours, theirs = models.build_model("resnet50", norm="batch"), torchvision.models.resnet50()
+    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))          # in training mode: batch statistics too
+
+
+BACKBONES = ["vit_nano", "resnet_nano", "convnext_t", "swin_t"]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_interface(name):
+    model, images = models.build_model(name, img_size=64, norm="group"), torch.randn(2, 3, 64, 64)
+    assert model(images).shape == (2, model.width)
+    assert model.forward_map(images).shape == (2, model.width, 64 // model.stride, 64 // model.stride)
+
+
+def test_patch_embed_is_the_convolution():
+    embed, images = models.PatchEmbed(8, 4), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(embed(images), embed.proj(images).flatten(2).transpose(1, 2))
+
+
+def test_vit_parts():
+    images = torch.randn(2, 3, 16, 16)
+    vit = tiny_vit(pool="mean")
+    torch.testing.assert_close(vit(images), vit.forward_map(images).mean(dim=(2, 3)))
+    everything = torch.arange(16).expand(2, -1)
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])     # patches are a set: only their position counts
+    pos_embed = vit.pos_embed[0, 1:]
+    torch.testing.assert_close(vit(images, pos_embed[order], order), vit(images, pos_embed[everything], everything))
+    assert not vit.pos_embed.requires_grad and tiny_vit(pos_embed="learned").pos_embed.requires_grad
+    assert len({tuple(row) for row in models.sincos_2d(16, 4)[0].round(decimals=4).tolist()}) == 16
+
+
+# ---------------------------------------------------------------- data
+
+def test_shapes_are_deterministic_and_held_out():
+    train, again, val = data.Shapes(True, 32), data.Shapes(True, 32), data.Shapes(False, 32)
+    assert np.array_equal(train[7][0], again[7][0]) and train[7][1] == 7
+    assert not np.array_equal(train[7][0], val[7][0])
+
+
+def test_folder_modes_split_and_keys(folder):
+    train, val = (data.unlabelled_dataset(folder, split, 16) for split in (True, False))
+    assert (len(train), len(val)) == (48, 12) and all(train[i][0].mode == "RGB" for i in range(5))
+    tree_train, tree_val = (data.unlabelled_dataset(folder + "/train", split, 16) for split in (True, False))
+    assert len(tree_train) + len(tree_val) == 48 and not set(tree_train.paths) & set(tree_val.paths)
+    crops = data.Transformed(train, data.pretrain_transform(16), seed=0)
+    torch.manual_seed(1)
+    first = crops[0, 5][0]
+    torch.manual_seed(2)
+    assert torch.equal(first, crops[0, 5][0]) and not torch.equal(first, crops[1, 5][0])
+
+
+def test_order_does_not_depend_on_processes():
+    def epoch(rank, world, skip=0):
+        sampler = data.EpochSampler(range(40), world, rank, seed=3, drop_last=True)
+        sampler.set_epoch(2)
+        sampler.skip = skip
+        return list(sampler)
+    both = [pair for pairs in zip(epoch(0, 2), epoch(1, 2)) for pair in pairs]
+    assert both == epoch(0, 1) and epoch(0, 1, skip=8) == epoch(0, 1)[8:] and both[0][0] == 2
+
+
+@pytest.fixture(scope="module")
+def noise_images():
+    return torch.rand(400, 3, 32, 32).sub(torch.tensor(data.MEAN).view(3, 1, 1)).div(torch.tensor(data.STD).view(3, 1, 1))
+
+
+def blank(corrupted):
+    return (corrupted == 0).all(dim=1)                                # (B, H, W), True = blanked
+
+
+def test_mask_grid(noise_images):
+    out = data.mask_grid(noise_images, torch.Generator(), cell=4, ratio=0.75)
+    mask = blank(out)
+    assert (mask.sum(dim=(1, 2)) == 48 * 16).all()                    # 48 of 64 cells, in every image
+    assert torch.equal(mask, mask[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert torch.equal(out[:, 0][~mask], noise_images[:, 0][~mask])
+    assert mask.float().mean(dim=0).sub(0.75).abs().max() < 0.12      # every cell as often as the others
+
+
+@pytest.mark.parametrize("count,area", [(75, (0.01, 0.025)), (25, (0.02, 0.05))])
+def test_mask_random(noise_images, count, area):
+    images = noise_images[:64].repeat(1, 1, 2, 2)
+    one = blank(data.mask_random(images, torch.Generator(), 1, area)).float()
+    share, height, width = one.mean(dim=(1, 2)), one.amax(dim=2).sum(dim=1), one.amax(dim=1).sum(dim=1)
+    torch.testing.assert_close(share * 64 * 64, height * width)       # one full rectangle
+    assert area[0] * 0.8 < share.min() and share.max() < area[1] * 1.2
+    assert share.mean().item() == pytest.approx(sum(area) / 2, rel=0.1)
+    aspect = height / width
+    assert aspect.min() > 0.4 and aspect.max() < 2.5 and aspect.mean().item() == pytest.approx(1.25, abs=0.15)
+    # Many rectangles: what as many drawn one by one in a loop blank, on average.
+    generator = torch.Generator()
+    loop = torch.zeros(64, 64, 64, dtype=torch.bool)
+    for _ in range(count):
+        loop |= blank(data.mask_random(images, generator, 1, area))
+    many = blank(data.mask_random(images, generator, count, area)).float().mean().item()
+    assert many == pytest.approx(loop.float().mean().item(), abs=0.03)
+
+
+def test_low_resolution(noise_images):
+    out = data.low_resolution(noise_images, None, scale=8)
+    assert torch.equal(out, out[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    torch.testing.assert_close(out.mean(dim=(2, 3)), noise_images.mean(dim=(2, 3)), atol=0.05, rtol=0)
+
+
+def test_noise():
+    zeros, ones = torch.zeros(2000, 3, 8, 8), torch.ones(2000, 3, 8, 8)
+    one_minus_gamma = data.noise(zeros, torch.Generator().manual_seed(1)).var(dim=(1, 2, 3))
+    root_gamma = data.noise(ones, torch.Generator().manual_seed(1)).mean(dim=(1, 2, 3))
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    torch.testing.assert_close(one_minus_gamma.quantile(quantiles), quantiles, atol=0.04, rtol=0)   # gamma ~ U(0, 1)
+    torch.testing.assert_close(root_gamma.square() + one_minus_gamma, torch.ones(2000), atol=0.45, rtol=0)
+
+
+def test_gray(noise_images):
+    rgb, grey = data.denormalize(noise_images), data.denormalize(data.gray(noise_images, None))
+    torch.testing.assert_close(grey[:, 0], grey[:, 1])
+    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+    torch.testing.assert_close(grey[:, 0], 0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2])
+
+
+def test_mix_is_uniform():
+    kinds = [lambda images, generator, k=k: torch.full_like(images, k) for k in range(4)]
+    out = data.mix(torch.zeros(4000, 3, 2, 2), torch.Generator(), kinds)
+    assert (out == out[:, :1, :1, :1]).all()                          # one corruption for the whole image
+    assert all(900 < n < 1100 for n in out[:, 0, 0, 0].int().bincount(minlength=4).tolist())
+
+
+@pytest.mark.parametrize("patch_size,blanked", [(16, {60, 112}), (4, {12})])
+def test_blank_patch_edges(patch_size, blanked):
+    mask = data.blank_patch_edges(torch.ones(40, 3, 32, 32), torch.Generator(), patch_size)[:, :1] == 0
+    patches = F.unfold(mask.float(), patch_size, stride=patch_size)   # (B, p*p, N)
+    counts = patches.sum(dim=1)
+    assert set(counts.flatten().tolist()) == blanked                  # p^2 - (p-2k)^2 pixels for k = 1, 2
+    if len(blanked) == 2:
+        assert abs((counts == 60).float().mean().item() - 0.5) < 0.12
+        square = patches[0, :, 0].view(16, 16)
+        assert square[0].all() and square[:, -1].all() and not square[2:-2, 2:-2].any()
+
+
+# ---------------------------------------------------------------- the energy step
+
+@pytest.mark.parametrize("name", ["vit-cls", "vit-mean", "vit-predicted", "resnet"])
+def test_gradients_equal_finite_differences(name):
+    """The weights' gradient of eq. (5), which runs through dE/dx, against central differences in float64."""
+    torch.manual_seed(0)
+    backbone = models.ResNet((1, 1, 1, 1), width=4, norm="group", small_images=True) if name == "resnet" else \
+        tiny_vit(pool="mean" if name == "vit-mean" else "cls")
+    model, (x, target, _) = tiny_energy(backbone, alpha="predicted" if name == "vit-predicted" else "learned")
+    model, x, target = model.double(), x.double(), target.double()
+    model(x, target)[0].backward()
+    checked = 0
+    for param in model.parameters():
+        if param.requires_grad:
+            direction = F.normalize(torch.randn_like(param), dim=None if param.ndim == 0 else tuple(range(param.ndim)))
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    param += sign * 1e-5 * direction
+                    values.append(model(x, target)[0].item())
+                    param -= sign * 1e-5 * direction
+            expected = (values[0] - values[1]) / 2e-5
+            assert (param.grad * direction).sum().item() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            checked += expected != 0
+    assert checked > 15
+
+
+def test_step_equals_autograd_and_starts_at_scale():
+    model, (x, target, _) = tiny_energy()
+    leaf = x.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        energy = model.scale * model.head(model.backbone(leaf)).sum()
+        gradient, = torch.autograd.grad(energy, leaf, create_graph=True)
+    torch.testing.assert_close(model.restore(x), x - 0.1 * gradient)
+    assert gradient.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.restore(x), x - 0.1 * gradient)
+
+
+def test_images_do_not_influence_each_other():
+    model, (x, _, _) = tiny_energy(alpha="predicted")
+    torch.testing.assert_close(model.restore(x)[:1], model.restore(x[:1]))
+
+
+def test_compiled_step_has_the_same_gradients():
+    model, (x, target, _) = tiny_energy(models.ViT(dim=16, depth=1, heads=2, img_size=16, patch_size=4))
+    model(x, target)[0].backward()
+    eager = [param.grad.clone() for param in model.parameters() if param.requires_grad]
+    model.zero_grad()
+    model.compile()
+    model(x, target)[0].backward()
+    for param, expected in zip((p for p in model.parameters() if p.requires_grad), eager):
+        torch.testing.assert_close(param.grad, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_gradients(dtype):
+    model, (x, target, _) = tiny_energy()
+    norms = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss, restored = model(x, target)
+        assert loss.dtype == restored.dtype == torch.float32
+        (loss * 1024).backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.1, atol=0.02 * norms[0].max().item())
+
+
+def test_training_restores():
+    """A few steps of training on some pictures halve the error of a missing colour, after one step and after two."""
+    model, _ = tiny_energy()
+    center, shapes = data.center_transform(16), data.Shapes(True, 16)
+    target = torch.stack([center(shapes[i][0]) for i in range(16)])
+    x = data.gray(target, None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        x_n, losses = x, []
+        for _ in range(2):
+            loss, x_n = model(x_n, target)
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(losses) < 0.5 * F.mse_loss(x, target).item()
+
+
+def test_sort_moves_only_the_position_embedding():
+    vit = tiny_vit()
+    before = vit.pos_embed.clone()
+    torch.manual_seed(0)
+    model, images = energy_pretrain.EnergyModel(vit), torch.randn(4, 3, 16, 16)
+    x, target, context = energy_pretrain.start("sort", images, torch.Generator(), None, vit)
+    energy_pretrain.prepare(model, x, target, context)
+    keep = context["keep"]
+    assert x.shape == target.shape == (4, 8, 16) and all(len(set(row)) == 8 for row in keep.tolist())
+    torch.testing.assert_close(target, before[0, 1:][keep])
+    places = energy_pretrain.nearest_position(vit.pos_embed[:, 1:], x)
+    assert all(len(set(row)) == 8 for row in places.tolist()) and not torch.equal(places, keep)   # a permutation
+    assert x.norm(dim=2).min() > 0                                    # the class token's entry, zero, is not among them
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x, target, **context)[0].backward()
+    optimizer.step()
+    assert torch.equal(vit.pos_embed, before) and vit.pos_embed.grad is None
+    # Dropped patches have no influence; pictures pasted at their true places are the pictures.
+    dropped = F.unfold(context["images"], 4, stride=4).scatter(2, keep[:, None].expand(-1, 48, -1), 0)
+    other = F.fold(dropped, (16, 16), 4, stride=4) * 7 + context["images"]
+    torch.testing.assert_close(model.restore(x, images=other, keep=keep), model.restore(x, **context))
+    pasted = energy_pretrain.paste_patches(vit, target, context["images"], keep)
+    torch.testing.assert_close(pasted + F.fold(dropped, (16, 16), 4, stride=4), context["images"])
+
+
+# ---------------------------------------------------------------- several processes
+
+def _ddp_worker(rank, init_file, out_folder):
+    """Two steps of training on a fixed batch, each of two processes with its half of it."""
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    for name in BACKBONES:
+        model, _ = _train(name, DistributedDataParallel, slice(rank, None, 2))
+        torch.save(model.state_dict(), f"{out_folder}/{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _train(name, wrap, part):
+    torch.manual_seed(0)
+    model = energy_pretrain.EnergyModel(models.build_model(name, img_size=32, patch_size=8, norm="group"))
+    images = torch.randn(4, 3, 32, 32)
+    x, target = data.gray(images, None), images
+    energy_pretrain.prepare(model, x, target, {})
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss, _ = wrapped(x[part], target[part])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_ddp_equals_one_process(tmp_path):
+    mp.spawn(_ddp_worker, (str(tmp_path / "init"), str(tmp_path)), nprocs=2)
+    for name in BACKBONES:
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        alone, losses = _train(name, lambda model: model, slice(None))
+        assert losses[0] != losses[1]
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the script, as a user runs it
+
+def test_script_processes_accumulation_and_outputs(folder, tmp_path):
+    """Gray is no random corruption: two processes, and four parts, must give what one process gives."""
+    flags = [*TINY, "--data", folder, "--corrupt", "color", "--epochs", "2"]
+    run("energy_pretrain.py", *flags, "--output_dir", tmp_path / "one")
+    run("energy_pretrain.py", *flags, "--output_dir", tmp_path / "two", processes=2)
+    run("energy_pretrain.py", *flags, "--output_dir", tmp_path / "parts", "--accum_steps", "4")
+    one = weights(tmp_path / "one")
+    for other in ("two", "parts"):
+        for key, value in weights(tmp_path / other).items():
+            torch.testing.assert_close(value, one[key], rtol=1e-3, atol=2e-4)
+    log, log_two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert [line.get("epoch") for line in log] == [None, 1, 2] and log[0]["model"] == "vit_nano"
+    assert log[2]["psnr_color_2"] == pytest.approx(log_two[2]["psnr_color_2"], abs=0.02)
+    assert {"loss", "lr", "img_per_s", "peak_mem_mb", "psnr_color_0", "psnr_color_1", "alpha"} <= set(log[1])
+    backbone = torch.load(tmp_path / "one" / "backbone.pt", weights_only=True)
+    config = backbone["config"]
+    assert config.pop("mean") == data.MEAN and config.pop("std") == data.STD
+    models.build_model(**config).load_state_dict(backbone["model"])
+    picture = Image.open(tmp_path / "one" / "samples" / "epoch_0002.png")
+    assert picture.size == (6 * 98 + 2, 8 * 98 + 2)                   # 8 pictures: original, corrupted, 4 steps
+
+
+def test_killed_and_resumed_is_bit_identical(folder, tmp_path):
+    flags = [*TINY, "--data", folder, "--epochs", "5", "--output_dir"]
+    run("energy_pretrain.py", *flags, tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "energy_pretrain.py"), *flags, tmp_path / "killed"],
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    while not os.path.exists(tmp_path / "killed" / "checkpoint.pt"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(np.random.default_rng().uniform(0, 1))                 # a random moment of a later epoch
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 15
+    # Stopped once more, in the middle of an epoch, before it goes on to the end.
+    run("energy_pretrain.py", *flags, tmp_path / "killed", "--resume", "--max_steps", "13")
+    run("energy_pretrain.py", *flags, tmp_path / "killed", "--resume")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--corrupt", "sort", "--alpha", "predicted"], ["--corrupt", "random_small", "--amp", "bf16"],
+    ["--corrupt", "random_large", "--amp", "fp16", "--energy_steps", "1"],
+    ["--model", "resnet_nano", "--corrupt", "sr", "--clip_grad", "0"]])
+def test_script_options(flags, folder, tmp_path):
+    run("energy_pretrain.py", *TINY, "--data", folder, *flags, "--max_steps", "2", "--output_dir", tmp_path)
+    line = read_log(tmp_path)[1]
+    assert np.isfinite(line["loss"]) and any(key.startswith(("psnr", "sorted")) for key in line)
+
+
+def stops_with(monkeypatch, capsys, flags):
+    """The one sentence with which main() ends."""
+    monkeypatch.setattr(sys, "argv", ["energy_pretrain.py", *map(str, flags)])
+    with pytest.raises((SystemExit, data.BadInput)) as stop:
+        energy_pretrain.main()
+    assert stop.value.args[0] != 0
+    return stop.value.args[0] if isinstance(stop.value.args[0], str) else capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--model", "vit_huge"], "invalid choice: 'vit_huge'"),
+    (["--img_size", "18"], "--img_size 18 is not a multiple of --patch_size 4"),
+    (["--batch_size", "15", "--accum_steps", "2"], "--batch_size 15 is not a multiple of 1 processes x 2"),
+    (["--batch_size", "64"], "has 48 training pictures, fewer than --batch_size 64"),
+    (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--data", "EMPTY"], "no image files to train on"),
+    (["--output_dir", "FILE/runs"], "cannot write to --output_dir"),
+    (["--model", "resnet_nano", "--corrupt", "sort"], "choose a ViT"),
+    (["--device", "nonsense"], "--device nonsense cannot be used here"),
+])
+def test_bad_input_is_one_sentence(flags, sentence, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    flags = [flag.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file")) for flag in flags]
+    assert sentence in stops_with(monkeypatch, capsys, [*TINY, "--data", folder, "--output_dir", tmp_path / "out", *flags])
+
+
+def test_bad_checkpoints(folder, tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--data", folder, "--output_dir", tmp_path, "--num_workers", "0", "--max_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["energy_pretrain.py", *map(str, flags)])
+    energy_pretrain.main()
+    path = tmp_path / "checkpoint.pt"
+    assert "add --resume" in stops_with(monkeypatch, capsys, flags)
+    assert "of another model" in stops_with(monkeypatch, capsys, [*flags, "--resume", "--pool", "mean"])
+    assert "of another model" in stops_with(monkeypatch, capsys, [*flags, "--resume", "--model", "resnet_nano"])
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    assert "damaged or no checkpoint" in stops_with(monkeypatch, capsys, [*flags, "--resume"])
+
+
+def test_unreadable_image_and_infinite_loss_leave_no_traceback(folder, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").symlink_to(folder + "/val")
+    for i in range(16):
+        data.Shapes(True, 24)[i][0].save(tmp_path / "train" / f"{i}.jpg")
+    result = run("energy_pretrain.py", *TINY, "--data", tmp_path, "--epochs", "2", "--lr", "1e30", "--clip_grad", "0",
+                 "--output_dir", tmp_path / "out", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: the loss at step ") and len(result.stderr.splitlines()) == 1
+    broken = tmp_path / "train" / "5.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    result = run("energy_pretrain.py", *TINY, "--data", tmp_path, "--output_dir", tmp_path / "out2", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert str(broken) in result.stderr and len(result.stderr.splitlines()) == 1
