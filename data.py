@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)             # ImageNet's, used for every data set
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 class BadInput(Exception):
@@ -34,7 +35,7 @@ def seed_from(*numbers):
 class Shapes(Dataset):
     """Pictures drawn by the program, ten classes, the same for the same (train, index, size) everywhere.
 
-    One or two objects of one class over a ground under a sky. The class fixes the outline and the texture, and,
+    One or two objects of one class over a ground under a sky. The class fixes the outline, the texture and,
     up to some spread, the hue, so that shape, colour and texture can each be guessed from the other two.
     """
 
@@ -53,7 +54,7 @@ class Shapes(Dataset):
     def __init__(self, train, size, length=None):
         self.train, self.size = train, size
         self.length = length or (10_000 if train else 1_000)
-        self.y, self.x = np.mgrid[0:size, 0:size].astype(np.float32) / size          # pixel coordinates in [0, 1)
+        self.y, self.x = np.mgrid[0:size, 0:size].astype(np.float32) / size  # pixel coordinates in [0, 1)
 
     def __len__(self):
         return self.length
@@ -70,10 +71,10 @@ class Shapes(Dataset):
         sky = colorsys.hsv_to_rgb(rng.uniform(0.52, 0.66), rng.uniform(0.2, 0.6), rng.uniform(0.75, 1.0))
         ground = colorsys.hsv_to_rgb(rng.uniform(0.08, 0.36), rng.uniform(0.3, 0.6), rng.uniform(0.35, 0.6))
         horizon = rng.uniform(0.45, 0.75) + 0.04 * np.sin(rng.uniform(4, 12) * self.x + rng.uniform(0, 6.3))
-        below = ((self.y - horizon) * self.size).clip(0, 1)[:, :, None]              # 1 = ground, one pixel of blur
+        below = ((self.y - horizon) * self.size).clip(0, 1)[:, :, None]  # 1 = ground, one pixel of blur
         haze = 0.5 * (self.y / horizon).clip(0, 1)[:, :, None] ** 2                  # the sky pales downwards
-        furrows = 1 + 0.15 * np.sin(60 * (self.y - horizon).clip(0, 1) ** 0.7 + rng.uniform(0, 6.3))[:, :, None]
-        return (1 - below) * (sky + haze * (1 - np.array(sky))) + below * furrows * ground
+        furrows = 1 + 0.15 * np.sin(60 * (self.y - horizon).clip(0, 1) ** 0.7 + rng.uniform(0, 6.3))
+        return (1 - below) * (sky + haze * (1 - np.array(sky))) + below * furrows[:, :, None] * ground
 
     def _draw(self, picture, rng, outline, lobes, hue, texture):
         radius, turn = rng.uniform(0.15, 0.3), rng.uniform(0, 2 * math.pi)
@@ -96,14 +97,15 @@ class Shapes(Dataset):
         across, along = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
         wave = {"plain": np.zeros_like(r), "stripes": np.sin(9 * across), "rings": np.sin(12 * r),
                 "checks": np.sin(7 * across) * np.sin(7 * along)}[texture]
-        color = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.02)) % 1, rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.0))
+        hue = (hue + rng.normal(0, 0.02)) % 1
+        color = colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 0.95), rng.uniform(0.7, 1.0))
         light = 0.85 - 0.2 * (u + v) + 0.25 * wave                                   # lit from the upper left
-        alpha = (inside * radius * self.size + 0.5).clip(0, 1)[:, :, None]           # one pixel of blur at the edge
+        alpha = (inside * radius * self.size + 0.5).clip(0, 1)[:, :, None]  # one pixel of blur at the edge
         picture += alpha * (light[:, :, None] * color - picture)
 
 
 def read_rgb(path):
-    """The image file as a PIL image in RGB, whatever it was (gray, palette, RGBA, CMYK). BadInput names the file."""
+    """The image file as a PIL image in RGB, be it gray, palette, RGBA, CMYK. BadInput names a broken file."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -167,14 +169,14 @@ def unlabelled_dataset(name, train, img_size):
 
 def pretrain_transform(img_size):
     """PIL image -> (3, img_size, img_size): RandomResizedCrop and flip only, as both papers pretrain."""
-    return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+    return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=BICUBIC),
                        v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(MEAN, STD)])
 
 
 def center_transform(img_size):
     """PIL image -> (3, img_size, img_size): the short side resized, the centre cut out."""
-    return v2.Compose([v2.Resize(img_size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(img_size),
+    return v2.Compose([v2.Resize(img_size, interpolation=BICUBIC), v2.CenterCrop(img_size),
                        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
@@ -197,7 +199,7 @@ class Transformed(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler that gives (epoch, index) and can leave out the first `skip` samples of its process."""
+    """DistributedSampler that gives (epoch, index), without the first `skip` samples of its process."""
 
     skip = 0
 
@@ -213,11 +215,11 @@ def denormalize(images):
 
 # ---------------------------------------------------------------- corruptions (energy paper, sec. 4.1)
 # Each takes a batch of normalised images (B, 3, H, W) and returns a corrupted copy, drawn per image with
-# `generator`, a torch.Generator on the images' device. Blank means 0, the mean colour  (Decision: the paper does
-# not say which value).
+# `generator`, a torch.Generator on the images' device. Blank is 0, the mean colour
+# (Decision: the paper does not say which value).
 
 def mask_grid(images, generator, cell, ratio):
-    """Blanks round(ratio * cells) of the cells, squares of `cell` pixels in a regular grid (`Gridded`, Table 1)."""
+    """Blanks round(ratio * cells) cells, squares of `cell` pixels in a regular grid (Gridded, Table 1)."""
     B, _, H, W = images.shape
     h, w = H // cell, W // cell
     rank = torch.rand(B, h * w, generator=generator, device=images.device).argsort(dim=1).argsort(dim=1)
@@ -227,37 +229,40 @@ def mask_grid(images, generator, cell, ratio):
 
 
 def mask_random(images, generator, count, area):
-    """Blanks `count` rectangles, area share U(*area) and aspect ratio U(0.5, 2) each (`Random`, Table 1).
+    """Blanks `count` rectangles, area share U(*area) and aspect ratio U(0.5, 2) each (Random, Table 1).
 
     Decision: rectangles lie inside the picture, uniformly, and may overlap.
     """
     B, _, H, W = images.shape
     draw = torch.rand(4, B, count, 1, generator=generator, device=images.device)
     share, aspect = area[0] + (area[1] - area[0]) * draw[0], 0.5 + 1.5 * draw[1]
-    height, width = H * (share * aspect).sqrt(), W * (share / aspect).sqrt()         # (B, count, 1), in pixels
+    height, width = H * (share * aspect).sqrt(), W * (share / aspect).sqrt()  # (B, count, 1), in pixels
     top, left = (H - height) * draw[2], (W - width) * draw[3]
     y, x = (torch.arange(n, device=images.device) + 0.5 for n in (H, W))             # pixel centres
     rows = ((y >= top) & (y < top + height)).float()                                 # (B, count, H)
     columns = ((x >= left) & (x < left + width)).float()                             # (B, count, W)
-    mask = (rows.transpose(1, 2) @ columns > 0)[:, None]                             # True = in some rectangle
+    mask = (rows.transpose(1, 2) @ columns > 0)[:, None]  # True = in some rectangle
     return images.masked_fill(mask, 0)
 
 
 def low_resolution(images, generator, scale):
-    """Bicubic down by `scale` (with antialiasing), nearest up: constant on scale x scale blocks (`SR`, Table 2)."""
+    """Bicubic down by `scale`, nearest up: constant on scale x scale blocks (SR, Table 2).
+
+    Decision: bicubic with antialiasing, as PIL and MATLAB do it.
+    """
     small = F.interpolate(images, scale_factor=1 / scale, mode="bicubic", antialias=True)
     return F.interpolate(small, size=images.shape[2:], mode="nearest")
 
 
 def noise(images, generator):
-    """sqrt(gamma) x + sqrt(1 - gamma) eps, eps ~ N(0, I), gamma ~ U(0, 1) per image (`Denoising`, Table 2)."""
+    """sqrt(gamma) x + sqrt(1 - gamma) eps, eps ~ N(0, I), gamma ~ U(0, 1) per image (Denoising, Table 2)."""
     gamma = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     eps = torch.randn(images.shape, generator=generator, device=images.device)
     return gamma.sqrt() * images + (1 - gamma).sqrt() * eps
 
 
 def gray(images, generator):
-    """The luma (ITU-R 601) of the un-normalised image in all three channels (`Colorization`, Table 2)."""
+    """The luma (ITU-R 601) of the un-normalised image in all three channels (Colorization, Table 2)."""
     mean, std, luma = (torch.tensor(c, device=images.device).view(3, 1, 1)
                        for c in (MEAN, STD, (0.299, 0.587, 0.114)))
     return (((images * std + mean) * luma).sum(dim=1, keepdim=True) - mean) / std
@@ -271,7 +276,7 @@ def mix(images, generator, corruptions):
 
 
 def blank_patch_edges(images, generator, patch_size):
-    """Blanks the k outermost pixels of every patch, k = 1 or 2 with probability 1/2 each, drawn per patch (sec. A.2).
+    """Blanks the k outermost pixels of every patch, k = 1 or 2 with probability 1/2 per patch (sec. A.2).
 
     Decision: k = 1 for patches under 5 pixels, of which k = 2 would leave nothing.
     """
@@ -279,7 +284,7 @@ def blank_patch_edges(images, generator, patch_size):
     p, h, w = patch_size, H // patch_size, W // patch_size
     k = 1 + torch.randint(2 if p >= 5 else 1, (B, h, 1, w, 1), generator=generator, device=images.device)
     i = torch.arange(p, device=images.device)
-    depth = torch.minimum(i, p - 1 - i)                                              # 0 at the edge, 1 next to it ...
+    depth = torch.minimum(i, p - 1 - i)                                              # 0 at the edge, 1, ...
     depth = torch.minimum(depth.view(p, 1, 1), depth)                                # (p, 1, p)
     mask = (depth < k).reshape(B, 1, H, W)                                           # True = corrupted
     return images.masked_fill(mask, 0)

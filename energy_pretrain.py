@@ -1,8 +1,8 @@
 """Energy-Inspired Self-Supervised Pretraining for Vision Models (Wang et al., ICLR 2023), in one file.
 
-One network and no decoder. Forward, it gives an image an energy E(x). Backward with respect to the image, it gives
-a restoration step x - alpha * dE/dx. A picture is corrupted, stepped downhill once or twice, and the weights learn
-to make the result the original (eq. 5; for `--corrupt sort`, eq. 7 does the same to the position embedding).
+One network and no decoder. Forward, it gives an image an energy E(x). Backward with respect to the image, it
+gives a restoration step x - alpha * dE/dx. A picture is corrupted, stepped downhill once or twice, and the
+weights learn to make the result the original (eq. 5; with --corrupt sort, eq. 7 on the position embedding).
 
     python energy_pretrain.py --model vit_nano --img_size 32 --patch_size 4                      # one process
     torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet        # one node
@@ -36,7 +36,7 @@ import data
 import models
 
 ALPHA = 0.1                                       # where the step size starts (sec. A.1)
-MIX = ("grid", "sr", "denoise", "color")          # what `--corrupt mix` draws from (sec. 4.2)
+MIX = ("grid", "sr", "denoise", "color")          # what --corrupt mix draws from (sec. 4.2)
 
 
 # ---------------------------------------------------------------- arguments
@@ -44,74 +44,77 @@ MIX = ("grid", "sr", "denoise", "color")          # what `--corrupt mix` draws f
 def parse_args():
     p = argparse.ArgumentParser(description="Energy-inspired pretraining (Wang et al., ICLR 2023).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("data and model")
-    g.add_argument("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data), "
-                   "or a folder: train/ and val/ with pictures below, or any tree of pictures")
-    g.add_argument("--model", default="vit_s", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
-    g.add_argument("--img_size", type=int, default=224, help="pixels a side; 32 for CIFAR")
-    g.add_argument("--patch_size", type=int, default=16, help="pixels a side of a ViT's patches; 4 for CIFAR")
-    g.add_argument("--pool", default="cls", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean")
+    g = p.add_argument_group("data and model").add_argument
+    g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
+      "a folder: train/ and val/ with pictures below, or any tree of pictures")
+    g("--model", default="vit_s", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
+    g("--img_size", type=int, default=224, help="pixels a side; 32 for CIFAR")
+    g("--patch_size", type=int, default=16, help="pixels a side of a ViT's patches; 4 for CIFAR")
+    g("--pool", default="mean", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean")
 
-    g = p.add_argument_group("method")
-    g.add_argument("--corrupt", default="mix", choices=[*MIX, "random_small", "random_large", "mix", "sort"],
-                   help="the pretext task; mix: one of grid, sr, denoise, color for each image; sort: ViT only")
-    g.add_argument("--energy_steps", type=int, default=2, metavar="N",
-                   help="gradient steps on each corrupted image; the paper takes 1 in runs of 100 epochs")
-    g.add_argument("--alpha", default="learned", choices=["learned", "predicted"],
-                   help="the step size: one learned number, or one predicted for each image by a linear head")
-    g.add_argument("--mask_cell", type=int, help="pixels a side of the cells of the grid mask; None: the patch size")
-    g.add_argument("--mask_ratio", type=float, default=0.75, help="share of the cells that the grid mask blanks")
-    g.add_argument("--sr_scale", type=int, help="how many times smaller super-resolution's input is; None: patch size")
+    g = p.add_argument_group("method").add_argument
+    g("--corrupt", default="mix", choices=[*MIX, "random_small", "random_large", "mix", "sort"],
+      help="the pretext task; mix: one of grid, sr, denoise, color for each image; sort: ViT only")
+    g("--energy_steps", type=int, default=2, metavar="N",
+      help="gradient steps on each corrupted image; the paper takes 1 in runs of 100 epochs")
+    g("--alpha", default="learned", choices=["learned", "predicted"],
+      help="the step size: one learned number, or one predicted for each image by a linear head")
+    # Decision: the paper's cells of 16 pixels and super-resolution of 16x, at 224/16, follow the patch size.
+    g("--mask_cell", type=int, help="pixels a side of the grid mask's cells; None: the patch size")
+    g("--sr_scale", type=int, help="how many times smaller sr makes a picture; None: the patch size")
+    # Decision: the paper tries several ratios and does not say which one mix takes; 0.75 is MAE's.
+    g("--mask_ratio", type=float, default=0.75, help="share of the cells that the grid mask blanks")
 
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int, default=200, help="passes over the training pictures")
-    g.add_argument("--warmup_epochs", type=float, help="linear warm-up; None: 10%% of the epochs, at most 40")
-    g.add_argument("--batch_size", type=int, default=256, help="images per optimizer step, over all processes")
-    g.add_argument("--accum_steps", type=int, default=1, help="parts to split a batch into when memory is short")
-    g.add_argument("--lr", type=float, help="peak learning rate; None: the paper's, 1e-4 x batch_size / 256; "
-                   "small models in short runs want about 1e-3")
-    g.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices and kernels only")
-    g.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: no clipping")
-    g.add_argument("--max_steps", type=int, help="stop after so many optimizer steps (smoke runs, benchmarks)")
-    g.add_argument("--seed", type=int, default=0, help="fixes weights, order, crops and corruptions")
+    g = p.add_argument_group("training").add_argument
+    g("--epochs", type=int, default=200, help="passes over the training pictures")
+    # Decision: the paper does not state its warm-up.
+    g("--warmup_epochs", type=float, help="linear warm-up; None: 10%% of the epochs, at most 40")
+    g("--batch_size", type=int, default=256, help="images per optimizer step, over all processes")
+    g("--accum_steps", type=int, default=1, help="parts to split a batch into when memory is short")
+    g("--lr", type=float, help="peak learning rate; None: the paper's, 1e-4 x batch_size / 256; vit_nano in "
+      "a run of minutes wants 5e-3")
+    g("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices and kernels only")
+    # Decision: the paper states no clipping; 1.0 is rarely reached and catches spikes.
+    g("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: no clipping")
+    g("--max_steps", type=int, help="stop after so many optimizer steps (smoke runs, benchmarks)")
+    g("--seed", type=int, default=0, help="fixes weights, order, crops and corruptions")
 
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
-    g.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-                   help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
-    g.add_argument("--compile", action="store_true", help="torch.compile the step: minutes to start, then faster")
-    g.add_argument("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes per process")
-    g.add_argument("--output_dir", help="where results go; None: runs/energy_MODEL")
-    g.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
+    g = p.add_argument_group("machine").add_argument
+    g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
+    g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+      help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
+    g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
+    g("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes per process")
+    g("--output_dir", help="where results go; None: runs/energy_MODEL")
+    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
     args = p.parse_args()
 
     args.output_dir = args.output_dir or f"runs/energy_{args.model}"
-    # Decision: the paper states a cell of 16 pixels and 16x super-resolution at 224 / 16; both follow the patch size.
-    args.mask_cell = args.mask_cell or args.patch_size
-    args.sr_scale = args.sr_scale or args.patch_size
-    args.lr = args.lr if args.lr is not None else 1e-4 * args.batch_size / 256
-    # Decision: the paper does not state its warm-up.
-    args.warmup_epochs = args.warmup_epochs if args.warmup_epochs is not None else min(0.1 * args.epochs, 40)
-
-    for name, divisor in [("--patch_size", args.patch_size if args.model.startswith("vit") else 1),
-                          ("--mask_cell", args.mask_cell if args.corrupt in ("grid", "mix") else 1),
-                          ("--sr_scale", args.sr_scale if args.corrupt in ("sr", "mix") else 1)]:
-        if divisor < 1 or args.img_size % divisor:
-            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change one of the two")
-    if args.corrupt == "sort" and not args.model.startswith("vit"):
-        p.error(f"--corrupt sort shuffles a position embedding and {args.model} has none: choose a ViT")
-    if args.corrupt == "sort" and args.patch_size < 3:
-        p.error(f"--corrupt sort blanks the edges of patches: --patch_size {args.patch_size} leaves nothing, take 3 or more")
-    if min(args.energy_steps, args.epochs, args.batch_size, args.accum_steps) < 1 or not 0 < args.mask_ratio <= 1:
-        p.error("--energy_steps, --epochs, --batch_size and --accum_steps must be at least 1, --mask_ratio in (0, 1]")
+    args.mask_cell, args.sr_scale = args.mask_cell or args.patch_size, args.sr_scale or args.patch_size
+    args.lr = 1e-4 * args.batch_size / 256 if args.lr is None else args.lr
+    args.warmup_epochs = min(0.1 * args.epochs, 40) if args.warmup_epochs is None else args.warmup_epochs
+    is_vit = args.model.startswith("vit")
+    for name, divisor, used in [("--patch_size", args.patch_size, is_vit),
+                                ("--mask_cell", args.mask_cell, args.corrupt in ("grid", "mix")),
+                                ("--sr_scale", args.sr_scale, args.corrupt in ("sr", "mix"))]:
+        if used and (divisor < 1 or args.img_size % divisor):
+            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change either")
+    if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
+        p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
+                "choose a ViT, and --patch_size 3 or more")
+    for name in ("energy_steps", "epochs", "batch_size", "accum_steps", "mask_ratio"):
+        if getattr(args, name) <= 0 or args.mask_ratio > 1:
+            p.error(f"--{name} {getattr(args, name)}: must be above 0 (and --mask_ratio at most 1)")
     return args
 
 
 # ---------------------------------------------------------------- the method
 
 class EnergyModel(nn.Module):
-    """E(x) = h(psi(x)) and the step downhill in it (sec. 3.2). `x` is what gets restored: images (B, 3, H, W), or,
-    when sorting, the position embedding (B, M, dim) of `images` (sec. 3.4)."""
+    """E(x) = h(psi(x)) and the step downhill in it (sec. 3.2).
+
+    x is what gets restored: images (B, 3, H, W), or the position embedding (B, M, dim) of images (sec. 3.4).
+    """
 
     def __init__(self, backbone, alpha="learned"):
         super().__init__()
@@ -120,33 +123,33 @@ class EnergyModel(nn.Module):
         self.head = nn.Linear(backbone.width, 1, bias=False)          # h
         self.register_buffer("scale", torch.ones(()))                 # of the energy, set once by prepare()
         # Sec. A.1: alpha is kept positive. Decision: by an exponential.
+        self.alpha = alpha
         if alpha == "learned":
             self.log_alpha = nn.Parameter(torch.tensor(math.log(ALPHA)))
         else:
             self.alpha_head = nn.Linear(backbone.width, 1)
             nn.init.zeros_(self.alpha_head.weight)
             nn.init.constant_(self.alpha_head.bias, math.log(ALPHA))
-        self.alpha = alpha
 
     def energy(self, x, images=None, keep=None):
         """-> (sum of the energies, alpha). The sum, not the mean: each image gets its own gradient."""
-        feature = self.backbone(x) if images is None else self.backbone(images, pos_embed=x, keep=keep)  # (B, width)
+        feature = self.backbone(x) if images is None else self.backbone(images, pos_embed=x, keep=keep)
         if self.alpha == "learned":
             alpha = self.log_alpha.exp()                              # ()
         else:
-            alpha = self.alpha_head(feature).exp().view(-1, *[1] * (x.dim() - 1))   # (B, 1, ...)
+            alpha = self.alpha_head(feature).exp().view(-1, *[1] * (x.dim() - 1))  # (B, 1, ...)
         return self.scale * self.head(feature).sum(), alpha
 
     def restore(self, x, **context):
-        """One step of eq. (5) or (7): x - alpha * dE/dx, the shape of x, with a graph to all weights (unless no_grad)."""
+        """One step downhill: the shape of x, with a graph to all weights (unless under no_grad)."""
         # Fused attention has no second derivative; the MATH backend has.
         with sdpa_kernel(SDPBackend.MATH):
             # What autograd.grad(E, x, create_graph=True) gives, in a form that torch.compile can take too.
             gradient, alpha = torch.func.grad(self.energy, has_aux=True)(x, **context)
-        return x - alpha * gradient                                   # Eq. (5): x_n = x_n-1 - alpha dE/dx_n-1
+        return x - alpha * gradient                                   # Eq. (5), (7): x - alpha dE/dx
 
     def forward(self, x, target, **context):
-        """-> (MSE of the restored x against the target, the restored x, without graph)."""
+        """-> (MSE of the restored x against the target, the restored x without graph)."""
         x = self.restore(x.detach(), **context)                       # Eq. (5): SG, no gradient across steps
         return F.mse_loss(x, target), x.detach()
 
@@ -165,8 +168,8 @@ def make_corruptions(args):
 def start(kind, images, generator, corruptions, backbone):
     """Corrupts a batch -> (x_0, the target, what else the energy takes).
 
-    sort (sec. 3.4, A.2): the patches stay and their position embeddings are shuffled; patch edges are blanked and
-    half of the patches dropped, so that fitting edge to edge does not solve it. The class token's entry stays.
+    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's. Patch
+    edges are blanked and half of the patches dropped, so that fitting edge to edge does not solve it.
     """
     if kind != "sort":
         return corruptions[kind](images, generator), images, {}
@@ -174,18 +177,18 @@ def start(kind, images, generator, corruptions, backbone):
     B, N = len(images), true.shape[1]
     shuffle, keep = torch.rand(2, B, N, generator=generator, device=images.device).argsort(dim=2)
     keep = keep[:, :math.ceil(N / 2)]                                 # (B, M): these patches enter
-    shuffled, target = true[0, shuffle.gather(1, keep)], true[0, keep]   # (B, M, dim) each
+    shuffled, target = true[0, shuffle.gather(1, keep)], true[0, keep]  # (B, M, dim) each
     images = data.blank_patch_edges(images, generator, backbone.stride)
     return shuffled, target, {"images": images, "keep": keep}
 
 
 def prepare(model, x, target, context):
-    """Two things that one dry step on a corrupted batch decides, for any backbone; -> names of the frozen weights.
+    """What a dry step on a corrupted batch decides, for any backbone; -> names of the weights it froze.
 
-    The energy's scale. A fresh network's dE/dx is some thousand times too small to restore anything, and a short run
-    ends before the weights have grown. Decision: a fixed factor makes dE/dx start with a root mean square of 1.
-    Weights without influence on dE/dx, such as the last LayerNorm's bias. Their gradient never comes, and DDP would
-    wait for it: they are frozen.
+    The energy's scale. A fresh network's dE/dx is a thousand times too small to restore anything, and short
+    runs end before the weights have grown. Decision: a fixed factor lets dE/dx start with root mean square 1.
+    Weights without influence on dE/dx, such as the last LayerNorm's bias. Their gradient never comes and DDP
+    would wait for it: they are frozen.
     """
     with torch.no_grad():
         model.scale /= ((x - model.restore(x, **context)) / ALPHA).square().mean().sqrt()
@@ -199,84 +202,82 @@ def prepare(model, x, target, context):
 
 # ---------------------------------------------------------------- what is measured and shown
 
-def nearest_position(pos_embed, x):
-    """(B, M, dim) -> (B, M): the position in `pos_embed` (1, N, dim) that each embedding is nearest to."""
-    return torch.cdist(x, pos_embed.expand(len(x), -1, -1)).argmin(dim=2)
-
-
 @torch.no_grad()
 def evaluate(model, kinds, images, corruptions, args, rank, world):
-    """On the fixed held-out images -> {"psnr_KIND_n": dB after n steps, n = 0 the corrupted images}, from the mean
-    squared error over all images, in [0, 1]; for sort {"sorted_n": share of the patches put back right}."""
+    """On fixed held-out images -> {"psnr_KIND_n": dB after n steps; n = 0: corrupted}, of the squared error's mean
+    over all images, in [0, 1]; for sort {"sorted_n": share of the patches that are nearest to their place}.
+    """
     results = {}
-    backbone = model.backbone
-    chunk = args.batch_size // (world * args.accum_steps)
+    share = torch.arange(rank, len(images), world, device=images.device)  # each image in one process
     for kind in kinds:
-        generator = torch.Generator(images.device).manual_seed(data.seed_from(args.seed))
-        x, target, context = start(kind, images, generator, corruptions, backbone)
+        generator = torch.Generator(images.device).manual_seed(args.seed)
+        x, target, context = start(kind, images, generator, corruptions, model.backbone)
         scores = torch.zeros(args.energy_steps + 1, device=images.device)
-        share = torch.arange(rank, len(images), world, device=images.device)      # every image on one process only
-        for part in share.split(chunk):
+        for part in share.split(args.batch_size // (world * args.accum_steps)):
             x_n, part_context = x[part], {key: value[part] for key, value in context.items()}
             for n in range(args.energy_steps + 1):
                 if n > 0:
                     x_n = model.restore(x_n, **part_context)
                 if kind == "sort":
-                    right = nearest_position(backbone.pos_embed[:, 1:], x_n) == context["keep"][part]
-                    scores[n] += right.float().mean(dim=1).sum()
+                    score = nearest_position(model.backbone.pos_embed[:, 1:], x_n) == part_context["keep"]
                 else:
-                    error = data.denormalize(x_n) - data.denormalize(target[part])
-                    scores[n] += error.square().mean(dim=(1, 2, 3)).sum()
+                    score = (data.denormalize(x_n) - data.denormalize(target[part])).square()
+                scores[n] += score.float().flatten(1).mean(dim=1).sum()
         if world > 1:
             dist.all_reduce(scores)
         for n, score in enumerate((scores / len(images)).tolist()):
-            results[f"sorted_{n}" if kind == "sort" else f"psnr_{kind}_{n}"] = \
-                round(score, 4) if kind == "sort" else round(-10 * math.log10(max(score, 1e-10)), 2)
+            if kind == "sort":
+                results[f"sorted_{n}"] = round(score, 4)
+            else:
+                results[f"psnr_{kind}_{n}"] = round(-10 * math.log10(max(score, 1e-10)), 2)
     return results
 
 
 @torch.no_grad()
-def save_picture(path, model, kinds, images, corruptions, args, beyond=2):
-    """A row per image: original, corrupted, step 1, ..., N, and a few steps beyond N; the kinds take turns."""
+def save_picture(path, model, kinds, images, corruptions, args):
+    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the kinds take turns."""
     rows = []
-    images = images[:8 // len(kinds) * len(kinds)]
-    for kind, part in zip(kinds, images.chunk(len(kinds))):
-        generator = torch.Generator(images.device).manual_seed(data.seed_from(args.seed))
+    for kind, part in zip(kinds, images.split(8 // len(kinds))):
+        generator = torch.Generator(images.device).manual_seed(args.seed)
         x, _, context = start(kind, part, generator, corruptions, model.backbone)
         row = [part]
-        for _ in range(args.energy_steps + beyond + 1):
+        for _ in range(args.energy_steps + 3):
             row.append(paste_patches(model.backbone, x, **context) if kind == "sort" else x)
             x = model.restore(x, **context)
-        rows.append(torch.stack(row, dim=1))                          # (images of this kind, columns, 3, H, W)
-    rows = torch.cat(rows)
-    zoom = max(1, round(96 / args.img_size))
-    tiles = F.interpolate(data.denormalize(rows.flatten(0, 1)), scale_factor=zoom, mode="nearest")
-    save_image(make_grid(tiles, nrow=rows.shape[1], pad_value=1), path)
+        rows.append(torch.stack(row, dim=1))                          # (images, columns, 3, H, W)
+    tiles = data.denormalize(torch.cat(rows).flatten(0, 1))
+    tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / args.img_size)), mode="nearest")
+    save_image(make_grid(tiles, nrow=len(row), pad_value=1), path)
+
+
+def nearest_position(pos_embed, x):
+    """(B, M, dim) -> (B, M): the position in pos_embed (1, N, dim) that each embedding is nearest to."""
+    return torch.cdist(x, pos_embed.expand(len(x), -1, -1)).argmin(dim=2)
 
 
 def paste_patches(backbone, x, images, keep):
     """The patches `keep` of the images, each pasted where its position embedding x (B, M, dim) points."""
-    B, C, H, W = images.shape
-    patches = F.unfold(images, backbone.stride, stride=backbone.stride)           # (B, C*p*p, N)
-    source = keep[:, None].expand(-1, patches.shape[1], -1)
+    p = backbone.stride
+    patches = F.unfold(images, p, stride=p)                           # (B, C*p*p, N)
+    source = keep[:, None].expand(-1, patches.shape[1], -1)           # (B, C*p*p, M)
     place = nearest_position(backbone.pos_embed[:, 1:], x)[:, None].expand_as(source)
     pasted = torch.zeros_like(patches).scatter(2, place, patches.gather(2, source))
-    return F.fold(pasted, (H, W), backbone.stride, stride=backbone.stride)
+    return F.fold(pasted, images.shape[2:], p, stride=p)
 
 
-# ---------------------------------------------------------------- shared by the three scripts, letter for letter
+# ---------------------------------------------------------------- the same, to the letter, in all scripts
 
 def init_processes(device):
-    """-> (rank, number of processes, device), from torchrun's environment or as a single process without it."""
+    """-> (rank, number of processes, device), from torchrun's environment; without it, a single process."""
     rank, local_rank, world = (int(os.environ.get(name, default))
                                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     try:
         device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {device} cannot be used here ({str(error).splitlines()[0]}): take 'auto' or 'cpu'")
+        sys.exit(f"error: --device {device} does not work here ({str(error).splitlines()[0]}): take auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -302,13 +303,13 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 
 
 def parameter_groups(model, weight_decay):
-    """Trainable parameters in two groups; no decay on biases, norms, scales, tokens and position embeddings."""
-    decay, no_decay = [], []
+    """Trainable weights in two groups; no decay on biases, norms, scales, tokens and position embeddings."""
+    no_decay = ("token", "pos_embed", "layer_scale", "relative_position_bias")
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, param in model.named_parameters():
         if param.requires_grad:
-            single = param.ndim <= 1 or any(word in name for word in ("token", "pos_embed", "layer_scale", "position_bias"))
-            (no_decay if single else decay).append(param)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+            groups[param.ndim <= 1 or any(word in name for word in no_decay)]["params"].append(param)
+    return groups
 
 
 def save(content, path):
@@ -317,55 +318,54 @@ def save(content, path):
         torch.save(content, path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        sys.exit(f"error: cannot write {path} ({error}): an earlier file there is untouched; make room or choose "
-                 "another --output_dir")
+        sys.exit(f"error: cannot write {path} ({error}): what was there is kept; make room, then --resume")
 
 
 def load_checkpoint(path, script, config):
-    """The contents of a checkpoint.pt of this script and of this model, or one sentence and the end."""
+    """The contents of a checkpoint.pt of this script and configuration, or one sentence and the end."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found_script, found = checkpoint["script"], checkpoint["config"]
-    except Exception as error:          # torch raises many kinds for a file that is cut short or no checkpoint at all
+    except Exception as error:          # torch raises many kinds for a file that is damaged or another
         sys.exit(f"error: {path} is damaged or no checkpoint ({type(error).__name__}): "
                  "delete it to start anew, or put a good copy in its place")
-    other = [f"{key} {found.get(key)}, not {value}" for key, value in config.items() if found.get(key) != value]
+    other = [f"{key} {found.get(key)}, not {new}" for key, new in config.items() if new != found.get(key)]
     if found_script != script or other:
-        sys.exit(f"error: {path} is of another model ({found_script}: {', '.join(other) or 'another script'}): "
+        sys.exit(f"error: {path} is of another model ({', '.join(other) or found_script}): "
                  "give the same flags as then, or another --output_dir")
     return checkpoint
 
 
 def open_output(folder, resume, rank):
-    """Makes the output folder and shows that it can be written to; refuses to overwrite an earlier run's checkpoint."""
-    path = os.path.join(folder, "checkpoint.pt")
+    """Makes the output folder and tries to write there; refuses to overwrite an earlier run's checkpoint."""
+    path = f"{folder}/checkpoint.pt"
     if os.path.exists(path) and not resume:
-        sys.exit(f"error: {path} is there from an earlier run: add --resume to continue it, "
-                 "or choose another --output_dir")
+        sys.exit(f"error: {path} is there from an earlier run: add --resume, or choose another --output_dir")
     if rank == 0:
         try:
-            os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
-            open(os.path.join(folder, "log.jsonl"), "a" if os.path.exists(path) else "w").close()
+            os.makedirs(f"{folder}/samples", exist_ok=True)
+            open(f"{folder}/log.jsonl", "a" if os.path.exists(path) else "w").close()
         except OSError as error:
             sys.exit(f"error: cannot write to --output_dir {folder} ({error.strerror}): choose another")
     return path
 
 
 def write_log(folder, line):
-    with open(os.path.join(folder, "log.jsonl"), "a") as file:
+    with open(f"{folder}/log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def peak_memory_mb(device):
-    """Peak memory of this process in MB: the GPU's, else the process's resident memory."""
+    """Peak memory in MB: what was allocated on the GPU, else what this process held."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def check_finite(losses, last_step):
-    """Losses (tensors) of the steps up to last_step -> floats; or the end, naming the first step that is not finite."""
-    losses = torch.stack(losses).tolist()
+    """Losses (tensors) of the steps up to last_step -> floats; the end, with the step, if one is infinite."""
+    losses = torch.stack(losses).tolist() if losses else []
     for step, loss in enumerate(losses, last_step - len(losses) + 1):
         if not math.isfinite(loss):
             sys.exit(f"error: the loss at step {step} is {loss}: the last checkpoint is kept; "
@@ -373,24 +373,18 @@ def check_finite(losses, last_step):
     return losses
 
 
-def time_left(done, total, seconds):
-    """Time left, as h:mm:ss, after `done` of `total` steps in so many seconds."""
-    return str(timedelta(seconds=round(seconds / max(1, done) * (total - done))))
-
-
-# ---------------------------------------------------------------- end of the shared part
-
+# ---------------------------------------------------------------- the loop
 
 def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
     if args.batch_size % (world * args.accum_steps):
-        sys.exit(f"error: --batch_size {args.batch_size} is not a multiple of {world} processes x {args.accum_steps} "
-                 "--accum_steps: change one of them")
+        sys.exit(f"error: --batch_size {args.batch_size} is not a multiple of {world} processes x "
+                 f"{args.accum_steps} --accum_steps: change one of them")
     checkpoint_path = open_output(args.output_dir, args.resume, rank)
     torch.manual_seed(args.seed)
 
-    # Pictures. All processes draw their own corruptions; order and crops do not depend on the number of processes.
+    # Pictures: order and crops depend on (seed, epoch, index) alone; each process draws its own corruptions.
     if world > 1 and rank > 0:
         dist.barrier()                                                # the first process may have to download
     train_set, val_set = (data.unlabelled_dataset(args.data, train, args.img_size) for train in (True, False))
@@ -398,23 +392,23 @@ def main():
         dist.barrier()
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:
-        sys.exit(f"error: --data {args.data} has {len(train_set)} training pictures, fewer than --batch_size "
-                 f"{args.batch_size}: lower it")
+        sys.exit(f"error: --data {args.data} has {len(train_set)} training pictures, fewer than "
+                 f"--batch_size {args.batch_size}: lower it")
     sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    loader = DataLoader(data.Transformed(train_set, data.pretrain_transform(args.img_size), args.seed),
-                        batch_size=args.batch_size // (world * args.accum_steps), sampler=sampler, drop_last=True,
-                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-                        pin_memory=device.type == "cuda")
-    picks = torch.linspace(0, len(val_set) - 1, min(256, len(val_set))).long().tolist()
+    crops = data.Transformed(train_set, data.pretrain_transform(args.img_size), args.seed)
+    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
+                        drop_last=True, num_workers=args.num_workers,
+                        persistent_workers=args.num_workers > 0, pin_memory=device.type == "cuda")
     center = data.center_transform(args.img_size)
-    val_images = torch.stack([center(val_set[i][0]) for i in picks]).to(device)     # fixed, the same in all processes
+    picks = torch.linspace(0, len(val_set) - 1, min(256, len(val_set))).long().tolist()
+    val_images = torch.stack([center(val_set[i][0]) for i in picks]).to(device)     # fixed
 
     # Model. ResNets get GroupNorm instead of BatchNorm (sec. B.3).
-    config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size, "pool": args.pool,
-              "norm": "group"}
+    config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
+              "pool": args.pool, "norm": "group"}
     backbone = models.build_model(**config)
     model = EnergyModel(backbone, args.alpha).to(device)
-    corruptions = make_corruptions(args)
+    corruptions, kinds = make_corruptions(args), MIX if args.corrupt == "mix" else (args.corrupt,)
     generator = torch.Generator(device).manual_seed(args.seed)
     unused = prepare(model, *start(args.corrupt, val_images[:8], generator, corruptions, backbone))
     if args.compile:
@@ -425,32 +419,30 @@ def main():
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    step = 0
+    step, run = 0, config | {"corrupt": args.corrupt, "alpha": args.alpha}
     if args.resume and os.path.exists(checkpoint_path):
-        checkpoint = load_checkpoint(checkpoint_path, "energy_pretrain", config | {"alpha": args.alpha})
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = load_checkpoint(checkpoint_path, "energy_pretrain", run)
         step = checkpoint["step"]
+        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(checkpoint[name])
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
     if rank == 0:
-        count = sum(param.numel() for param in model.parameters() if param.requires_grad)
-        print(f"{args.model}: {count / 1e6:.2f} M weights to train on {world} x {device.type}, amp {dtype}; "
-              f"{len(train_set)} pictures, {steps_per_epoch} steps an epoch; "
-              f"batch {args.batch_size} = {world} x {args.batch_size // world // args.accum_steps} x {args.accum_steps} "
-              f"accumulated, peak lr {args.lr:.3g}\nfrozen, without influence on dE/dx: {', '.join(unused) or 'nothing'}"
-              + (f"\nresumed at step {step} from {checkpoint_path}" if step else ""), flush=True)
-        write_log(args.output_dir, vars(args) | {"processes": world, "start_step": step, "torch": torch.__version__,
-                                                 "torchvision": torchvision.__version__})
+        count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
+        print(f"{args.model}: {count:.2f} M weights; frozen, no influence on dE/dx: {', '.join(unused)}\n"
+              f"{len(train_set)} pictures, {steps_per_epoch} steps an epoch; {device.type}, amp {dtype}; "
+              f"batch {args.batch_size} = {world} processes x {args.batch_size // world // args.accum_steps} "
+              f"x {args.accum_steps} accumulated; peak lr {args.lr:.3g}; from step {step}", flush=True)
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
 
     start_step, start_time, shown = step, time.time(), time.time()
     while step < last_step:
         epoch = step // steps_per_epoch
         sampler.set_epoch(epoch)
-        sampler.skip = step % steps_per_epoch * (args.batch_size // world)          # after a stop by --max_steps
+        sampler.skip = step % steps_per_epoch * (args.batch_size // world)  # after a stop by --max_steps
         batches, epoch_losses, losses = iter(loader), [], []
-        epoch_time, epoch_start, data_time = time.time(), step, 0.0
+        epoch_start, epoch_time, data_time = step, time.time(), 0.0
         for step in range(step + 1, min((epoch + 1) * steps_per_epoch, last_step) + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, total_steps, warmup_steps, args.lr)
@@ -477,43 +469,43 @@ def main():
             scaler.update()
             optimizer.zero_grad()
 
+            if step == start_step + 1:                                # it warms up and compiles: not timed
+                epoch_start, epoch_time, data_time = step, time.time(), 0.0
             if rank == 0 and time.time() - shown > 10:
                 epoch_losses += check_finite(losses, step)
-                seconds = time.time() - epoch_time
-                print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  "
-                      f"loss {sum(epoch_losses[-len(losses):]) / len(losses):.4f}  "
-                      f"lr {optimizer.param_groups[0]['lr']:.2e}  "
-                      f"{(step - epoch_start) * args.batch_size / seconds:.1f} img/s  "
-                      f"waiting for data {100 * data_time / seconds:.0f} %  "
-                      f"left {time_left(step - start_step, last_step - start_step, time.time() - start_time)}", flush=True)
+                loss, seconds = sum(epoch_losses[-len(losses):]) / len(losses), time.time() - epoch_time
+                left = (time.time() - start_time) / (step - start_step) * (last_step - step)
+                print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
+                      f"lr {group['lr']:.2e}  {(step - epoch_start) * args.batch_size / seconds:.1f} img/s  "
+                      f"data {data_time / seconds:.0%}  left {timedelta(seconds=round(left))}", flush=True)
                 losses, shown = [], time.time()
 
         # The end of an epoch (or of the run): all processes evaluate, the first one writes.
-        epoch_losses += check_finite(losses, step) if losses else []
+        epoch_losses += check_finite(losses, step)
         seconds = time.time() - epoch_time
-        loss = torch.tensor(sum(epoch_losses) / len(epoch_losses), device=device)
+        loss = torch.tensor(sum(epoch_losses) / len(epoch_losses) / world, device=device)
         if world > 1:
             dist.all_reduce(loss)
-        check_finite([loss], step)
-        kinds = MIX if args.corrupt == "mix" else (args.corrupt,)
         measured = evaluate(model, kinds, val_images, corruptions, args, rank, world)
+        if not all(math.isfinite(value) for value in (loss.item(), *measured.values())):
+            sys.exit(f"error: the weights are not finite after step {step}: the last checkpoint is kept; "
+                     "--resume with a lower --lr or with --amp off")
         if rank == 0:
-            line = {"epoch": (step - 1) // steps_per_epoch + 1, "step": step, "loss": loss.item() / world,
-                    "lr": optimizer.param_groups[0]["lr"],
+            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": group["lr"],
                     "img_per_s": round((step - epoch_start) * args.batch_size / seconds, 1),
-                    "data_share": round(data_time / seconds, 3), "peak_mem_mb": peak_memory_mb(device)} | measured
+                    "data_share": round(data_time / seconds, 3),
+                    "peak_mem_mb": peak_memory_mb(device), **measured}
             if args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
-            print(f"epoch {line['epoch']}/{args.epochs} done  " +
-                  "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "epoch"), flush=True)
-            save_picture(os.path.join(args.output_dir, "samples", f"epoch_{line['epoch']:04d}.png"), model, kinds,
-                         val_images[::max(1, len(val_images) // 8)], corruptions, args)
+            print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
+            save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, kinds,
+                         val_images[::max(1, len(val_images) // 8)], corruptions, args)
             save({"model": backbone.state_dict(), "config": config | {"mean": data.MEAN, "std": data.STD}},
-                 os.path.join(args.output_dir, "backbone.pt"))
-            save({"script": "energy_pretrain", "config": config | {"alpha": args.alpha}, "step": step,
-                  "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                  "args": vars(args)}, checkpoint_path)
+                 f"{args.output_dir}/backbone.pt")
+            save({"script": "energy_pretrain", "config": run, "step": step, "model": model.state_dict(),
+                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)},
+                 checkpoint_path)
     if rank == 0:
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
     if world > 1:
@@ -523,5 +515,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except data.BadInput as error:      # from a loader process it comes wrapped in a traceback, its sentence last
+    except data.BadInput as error:      # a loader process wraps it in a traceback, its sentence comes last
         sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.BadInput: "))

@@ -17,7 +17,7 @@ from torchvision.models import convnext, swin_transformer
 # ---------------------------------------------------------------- Vision Transformer
 
 def sincos_2d(dim, grid_size):
-    """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim), in [-1, 1].
+    """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim).
 
     A quarter of the channels each for sin(x), cos(x), sin(y), cos(y); `dim` must be a multiple of 4.
     """
@@ -55,7 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, N, D/h) each
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B, h, N, D/h) each
         x = F.scaled_dot_product_attention(q, k, v)                  # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -96,7 +97,7 @@ class ViT(nn.Module):
         grid_size = img_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size ** 2, dim), requires_grad=pos_embed == "learned")
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size ** 2, dim), pos_embed == "learned")
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -114,7 +115,7 @@ class ViT(nn.Module):
         """(B, 3, H, W) -> (B, 1 + M, dim), normalised, the class token first.
 
         keep: (B, M) int64, the patches that enter; None: all N, in raster order.
-        pos_embed: (B, M, dim), used for those patches in place of the model's own (the class token keeps its own).
+        pos_embed: (B, M, dim), used for those patches in place of the model's own (not for the class token).
         """
         x = self.patch_embed(images)                                               # (B, N, dim)
         if keep is not None:
