@@ -180,6 +180,13 @@ def center_transform(img_size):
                        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
+def fixed_images(dataset, img_size, count=256):
+    """Up to `count` pictures spread evenly over the dataset -> (count, 3, img_size, img_size)."""
+    transform = center_transform(img_size)
+    picks = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return torch.stack([transform(dataset[i][0]) for i in picks])
+
+
 class Transformed(Dataset):
     """(transform(image), label), with random numbers that depend on (seed, epoch, index) and nothing else:
     not on the number of workers or processes, nor on where a run was killed and resumed.

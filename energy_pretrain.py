@@ -168,8 +168,8 @@ def make_corruptions(args):
 def start(kind, images, generator, corruptions, backbone):
     """Corrupts a batch -> (x_0, the target, what else the energy takes).
 
-    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's. Patch
-    edges are blanked and half of the patches dropped, so that fitting edge to edge does not solve it.
+    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's. Edges
+    of patches are blanked and half of the patches dropped, so that matching edges does not solve it.
     """
     if kind != "sort":
         return corruptions[kind](images, generator), images, {}
@@ -272,7 +272,7 @@ def init_processes(device):
     rank, local_rank, world = (int(os.environ.get(name, default))
                                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
         torch.empty(1, device=device)
@@ -399,9 +399,7 @@ def main():
     loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
                         drop_last=True, num_workers=args.num_workers,
                         persistent_workers=args.num_workers > 0, pin_memory=device.type == "cuda")
-    center = data.center_transform(args.img_size)
-    picks = torch.linspace(0, len(val_set) - 1, min(256, len(val_set))).long().tolist()
-    val_images = torch.stack([center(val_set[i][0]) for i in picks]).to(device)     # fixed
+    val_images = data.fixed_images(val_set, args.img_size).to(device)
 
     # Model. ResNets get GroupNorm instead of BatchNorm (sec. B.3).
     config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
