@@ -53,7 +53,7 @@ class Shapes(Dataset):
 
     def __init__(self, train, size, length=None):
         self.train, self.size = train, size
-        self.length = length or (10_000 if train else 1_000)
+        self.length = length or (6_000 if train else 1_000)
         self.y, self.x = np.mgrid[0:size, 0:size].astype(np.float32) / size  # pixel coordinates in [0, 1)
 
     def __len__(self):
@@ -257,8 +257,9 @@ def low_resolution(images, generator, scale):
 
     Decision: bicubic with antialiasing, as PIL and MATLAB do it.
     """
-    small = F.interpolate(images, scale_factor=1 / scale, mode="bicubic", antialias=True)
-    return F.interpolate(small, size=images.shape[2:], mode="nearest")
+    H, W = images.shape[2:]
+    small = F.interpolate(images, size=(H // scale, W // scale), mode="bicubic", antialias=True)
+    return F.interpolate(small, size=(H, W), mode="nearest")
 
 
 def noise(images, generator):

@@ -204,16 +204,16 @@ def prepare(model, x, target, context):
 
 @torch.no_grad()
 def evaluate(model, kinds, images, corruptions, args, rank, world):
-    """On fixed held-out images -> {"psnr_KIND_n": dB after n steps; n = 0: corrupted}, of the squared error's mean
-    over all images, in [0, 1]; for sort {"sorted_n": share of the patches that are nearest to their place}.
+    """On fixed held-out images -> {"psnr_KIND_n": dB after n steps; n = 0: corrupted}, of the squared error's
+    mean over all images, in [0, 1]; for sort {"sorted_n": share of the patches nearest to their own place}.
     """
     results = {}
-    share = torch.arange(rank, len(images), world, device=images.device)  # each image in one process
+    share = torch.arange(len(images), device=images.device)[rank::world]  # each image in one process
     for kind in kinds:
         generator = torch.Generator(images.device).manual_seed(args.seed)
         x, target, context = start(kind, images, generator, corruptions, model.backbone)
         scores = torch.zeros(args.energy_steps + 1, device=images.device)
-        for part in share.split(args.batch_size // (world * args.accum_steps)):
+        for part in share.split(args.batch_size // (world * args.accum_steps)) if len(share) else ():
             x_n, part_context = x[part], {key: value[part] for key, value in context.items()}
             for n in range(args.energy_steps + 1):
                 if n > 0:
@@ -272,7 +272,8 @@ def init_processes(device):
     rank, local_rank, world = (int(os.environ.get(name, default))
                                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
         torch.empty(1, device=device)
