@@ -168,8 +168,8 @@ def make_corruptions(args):
 def start(kind, images, generator, corruptions, backbone):
     """Corrupts a batch -> (x_0, the target, what else the energy takes).
 
-    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's. Edges
-    of patches are blanked and half of the patches dropped, so that matching edges does not solve it.
+    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's.
+    Patch edges are blanked and half of the patches dropped, so that matching edges does not solve it.
     """
     if kind != "sort":
         return corruptions[kind](images, generator), images, {}
@@ -185,7 +185,7 @@ def start(kind, images, generator, corruptions, backbone):
 def prepare(model, x, target, context):
     """What a dry step on a corrupted batch decides, for any backbone; -> names of the weights it froze.
 
-    The energy's scale. A fresh network's dE/dx is a thousand times too small to restore anything, and short
+    The energy's scale. A fresh network's dE/dx is hundreds of times too small to restore anything, and short
     runs end before the weights have grown. Decision: a fixed factor lets dE/dx start with root mean square 1.
     Weights without influence on dE/dx, such as the last LayerNorm's bias. Their gradient never comes and DDP
     would wait for it: they are frozen.

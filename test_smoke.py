@@ -339,6 +339,7 @@ def test_sort_moves_only_the_position_embedding():
 
 def _ddp_worker(rank, init_file, out_folder):
     """Two steps of training on a fixed batch, each of two processes with its half of it."""
+    torch.set_num_threads(1)                                          # more would fight for the cores
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
     for name in BACKBONES:
         model, _ = _train(name, DistributedDataParallel, slice(rank, None, 2))
