@@ -103,7 +103,7 @@ def parse_args():
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
                 "choose a ViT, and --patch_size 3 or more")
     for name in ("energy_steps", "epochs", "batch_size", "accum_steps", "mask_ratio"):
-        if getattr(args, name) <= 0 or args.mask_ratio > 1:
+        if getattr(args, name) <= 0 or name == "mask_ratio" and args.mask_ratio > 1:
             p.error(f"--{name} {getattr(args, name)}: must be above 0 (and --mask_ratio at most 1)")
     return args
 

@@ -448,6 +448,7 @@ def stops_with(monkeypatch, capsys, flags):
     (["--data", "TMP/empty"], "no image files to train on"),
     (["--output_dir", "TMP/file/runs"], "cannot write to --output_dir"),
     (["--model", "resnet_nano", "--corrupt", "sort"], "choose a ViT"),
+    (["--mask_ratio", "1.5"], "--mask_ratio 1.5: must be above 0"),
     (["--device", "nonsense"], "--device nonsense does not work here"),
 ])
 def test_bad_input_is_one_sentence(flags, sentence, folder, tmp_path, monkeypatch, capsys):
