@@ -303,11 +303,11 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parameter_groups(model, weight_decay):
+def parameter_groups(named_parameters, weight_decay):
     """Trainable weights in two groups; no decay on biases, norms, scales, tokens and position embeddings."""
     no_decay = ("token", "pos_embed", "layer_scale", "relative_position_bias")
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, param in model.named_parameters():
+    for name, param in named_parameters:
         if param.requires_grad:
             groups[param.ndim <= 1 or any(word in name for word in no_decay)]["params"].append(param)
     return groups
@@ -413,8 +413,8 @@ def main():
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), args.weight_decay), lr=args.lr,
+                                  betas=(0.9, 0.95), fused=device.type == "cuda")
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
