@@ -296,3 +296,42 @@ def blank_patch_edges(images, generator, patch_size):
     depth = torch.minimum(depth.view(p, 1, 1), depth)                                # (p, 1, p)
     mask = (depth < k).reshape(B, 1, H, W)                                           # True = corrupted
     return images.masked_fill(mask, 0)
+
+
+# ---------------------------------------------------------------- masks of the patches (CIM paper, sec. 2.1)
+# Each returns (count, grid * grid) booleans, True = masked. How many are masked is drawn for each image,
+# uniformly from share[0] to share[1] of them (Decision: the paper says "100 to 120" of 196).
+
+def random_mask(count, generator, grid, share, device="cpu"):
+    """Any positions, each as likely."""
+    low, high = (round(part * grid ** 2) for part in share)
+    masked = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
+    rank = torch.rand(count, grid ** 2, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
+    return rank < masked
+
+
+def block_mask(count, generator, grid, share):
+    """Rectangles, as BEiT (Bao et al., 2021, algorithm 1): never more than the number drawn, at times fewer.
+
+    On a 14 x 14 grid each has 16 patches or more (Decision: the same share on others), and an aspect ratio
+    log-uniform in (0.3, 1 / 0.3); when ten in a row do not fit, the mask is done.
+    """
+    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    low, high = (round(part * grid ** 2) for part in share)
+    smallest = grid ** 2 * 16 / 196
+    masks = np.zeros((count, grid, grid), dtype=bool)
+    for mask in masks:
+        left, tries = rng.integers(low, high + 1), 0
+        while left > 0 and tries < 10:
+            area = rng.uniform(smallest, max(left, smallest))
+            aspect = math.exp(rng.uniform(-1, 1) * math.log(0.3))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            tries += 1
+            if 0 < height < grid and 0 < width < grid:
+                top, start = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+                block = mask[top:top + height, start:start + width]
+                new = block.size - block.sum()
+                if 0 < new <= left:
+                    block[:] = True
+                    left, tries = left - new, 0
+    return torch.from_numpy(masks).flatten(1)

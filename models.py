@@ -1,5 +1,6 @@
 """Backbones, as plain nn.Modules that know nothing of the method that trains them.
 
+The backbones are ViT, ResNet, ConvNeXt-T and Swin-T; DVAE, DALL-E's tokenizer of images, stands after them.
 Every backbone has the same two methods and two numbers:
 
     forward(images)      (B, 3, H, W) -> (B, width)                          one pooled feature per image
@@ -8,6 +9,10 @@ Every backbone has the same two methods and two numbers:
 ViT uses timm's parameter names and ResNet torchvision's, so that weights move in both directions;
 ConvNeXt-T and Swin-T are torchvision's own classes with the classifier taken off.
 """
+import os
+import pickle
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -120,6 +125,10 @@ class ViT(nn.Module):
         x = self.patch_embed(images)                                               # (B, N, dim)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))           # (B, M, dim)
+        return self.encode(x, pos_embed)
+
+    def encode(self, x, pos_embed=None):
+        """Embedded patches (B, M, dim) -> (B, 1 + M, dim): positions, class token, blocks, normalisation."""
         x = x + (self.pos_embed[:, 1:] if pos_embed is None else pos_embed)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, dim)
         x = torch.cat([cls, x], dim=1)                                             # (B, 1 + M, dim)
@@ -231,6 +240,171 @@ class SwinT(swin_transformer.SwinTransformer):
 
     def forward_map(self, images):
         return self.permute(self.norm(self.features(images)))        # (B, h, w, 768) -> (B, 768, h, w)
+
+
+# ---------------------------------------------------------------- DALL-E's discrete VAE
+
+DALLE_URL = "https://cdn.openai.com/dall-e/"                         # encoder.pkl and decoder.pkl
+
+class Conv2d(nn.Module):
+    """Convolution that keeps the size, with DALL-E's parameter names and initialisation."""
+
+    def __init__(self, n_in, n_out, kernel_size):
+        super().__init__()
+        std = (n_in * kernel_size ** 2) ** -0.5
+        self.w = nn.Parameter(std * torch.randn(n_out, n_in, kernel_size, kernel_size))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class DVAEBlock(nn.Module):
+    """Four convolutions around a shortcut: 3, 3, 3, 1 wide in DALL-E's encoder, 1, 3, 3, 3 in its decoder."""
+
+    def __init__(self, n_in, n_out, kernel_sizes, gain):
+        super().__init__()
+        self.gain, hidden = gain, n_out // 4
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = (n_in, hidden, hidden, hidden, n_out)
+        self.res_path = nn.ModuleDict({f"conv_{i + 1}": Conv2d(widths[i], widths[i + 1], kernel_size)
+                                       for i, kernel_size in enumerate(kernel_sizes)})
+
+    def forward(self, x, upsample=False):
+        x, y = self.id_path(x), self.res_path["conv_1"](F.relu(x))
+        if upsample:    # DALL-E enlarges x first: the same, but 1x1 convolutions are cheaper before
+            x, y = (F.interpolate(z, scale_factor=2, mode="nearest") for z in (x, y))
+        for name in ("conv_2", "conv_3", "conv_4"):
+            y = self.res_path[name](F.relu(y))
+        return x + self.gain * y
+
+
+class DVAE(nn.Module):
+    """DALL-E's discrete VAE (Ramesh et al., 2021): images to a grid of tokens, one for 8x8 pixels, and back.
+
+    Names and layers are those of github.com/openai/DALL-E; its published weights have the sizes given as
+    defaults here. Images are in [0, 1], their sides multiples of 8; tokens are int64 in [0, codes).
+    """
+
+    stride = 8
+
+    def __init__(self, codes=8192, width=256, embed_width=128, blocks=2):
+        super().__init__()
+        self.config = {"codes": codes, "width": width, "embed_width": embed_width, "blocks": blocks}
+
+        def make(n_in, stem_size, widths, n_out, kernel_sizes):
+            layers = nn.ModuleDict({"input": Conv2d(n_in, widths[0], stem_size)})
+            for i in range(4):
+                sizes = (widths[i],) + (widths[i + 1],) * blocks
+                layers[f"group_{i + 1}"] = nn.ModuleDict(
+                    {f"block_{j + 1}": DVAEBlock(sizes[j], sizes[j + 1], kernel_sizes, 1 / (4 * blocks) ** 2)
+                     for j in range(blocks)})
+            layers["output"] = nn.ModuleDict({"conv": Conv2d(widths[4], n_out, 1)})
+            return nn.ModuleDict({"blocks": layers})
+
+        self.encoder = make(3, 7, [width, width, 2 * width, 4 * width, 8 * width], codes, (3, 3, 3, 1))
+        # Six channels come out: mean and scale of a logit-Laplace distribution. Only the mean is of use here.
+        self.decoder = make(codes, 1, [embed_width, 8 * width, 4 * width, 2 * width, width], 6, (1, 3, 3, 3))
+
+    def encode_logits(self, images):
+        """(B, 3, 8h, 8w) in [0, 1] -> (B, codes, h, w)."""
+        layers = self.encoder["blocks"]
+        x = layers["input"](0.8 * images + 0.1)                      # DALL-E's map of pixels
+        for i in range(1, 5):
+            for block in layers[f"group_{i}"].values():
+                x = block(x)
+            if i < 4:
+                x = F.max_pool2d(x, 2)
+        return layers["output"]["conv"](F.relu(x))
+
+    def encode(self, images):
+        """(B, 3, 8h, 8w) in [0, 1] -> tokens (B, h, w)."""
+        return self.encode_logits(images).argmax(dim=1)
+
+    def decode(self, tokens):
+        """Tokens (B, h, w), or weights of all codes (B, codes, h, w) -> images (B, 3, 8h, 8w) in [0, 1]."""
+        layers = self.decoder["blocks"]
+        if tokens.dim() == 4:
+            x = layers["input"](tokens)
+        else:                                                        # the same on one-hot codes: a lookup
+            x = F.embedding(tokens, layers["input"].w[:, :, 0, 0].t()) + layers["input"].b
+            x = x.permute(0, 3, 1, 2)                                # (B, embed_width, h, w)
+        for i in range(1, 5):
+            for name, block in layers[f"group_{i}"].items():
+                x = block(x, upsample=i > 1 and name == "block_1")
+        output = layers["output"]["conv"]
+        x = F.conv2d(F.relu(x), output.w[:3], output.b[:3])
+        return ((x.sigmoid() - 0.1) / 0.8).clamp(0, 1)               # DALL-E's map of pixels undone
+
+
+def load_dalle(encoder_path, decoder_path):
+    """DVAE with the weights of the published encoder.pkl and decoder.pkl. Raises OSError or ValueError.
+
+    The files are whole modules, pickled in 2021 with classes of the package dall_e. No code of theirs runs:
+    every class in them is read as an empty stand-in, and only the tensors are taken. The sizes follow from
+    the tensors' shapes.
+    """
+    state = {}
+    for part, path in (("encoder", encoder_path), ("decoder", decoder_path)):
+        state |= {f"{part}.{name}": tensor for name, tensor in read_pickled_module(path).items()}
+    try:
+        dvae = DVAE(codes=len(state["encoder.blocks.output.conv.w"]),
+                    width=len(state["encoder.blocks.input.w"]),
+                    embed_width=len(state["decoder.blocks.input.w"]),
+                    blocks=sum(name.startswith("encoder.blocks.group_1") for name in state) // 8)
+        dvae.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{encoder_path} and {decoder_path} are not the two halves of a DALL-E dVAE "
+                         f"({str(error).splitlines()[0]}): put encoder.pkl and decoder.pkl there") from None
+    return dvae
+
+
+class StandIn:
+    """Takes the place of every module's class in a pickled file: holds its attributes, does nothing."""
+
+    dump_patches = False                                             # torch.load asks for it
+
+
+class TensorPickle:
+    """What torch.load needs of the module pickle, but for tensors in StandIns only: nothing else is called.
+
+    (weights_only=True could do so for the zip format, but not for files that a torch before 1.6 wrote.)
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith(("dall_e.", "torch.nn.modules.")):
+                return StandIn
+            if f"{module}.{name}" in ("builtins.set", "__builtin__.set", "collections.OrderedDict",
+                                      "torch.device", "torch._utils._rebuild_parameter",
+                                      "torch._utils._rebuild_tensor_v2"):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    @staticmethod
+    def load(file, **options):
+        return TensorPickle.Unpickler(file, **options).load()
+
+
+def read_pickled_module(path):
+    """A file of torch.save(module, path) -> {name: tensor}, without its classes, running no code."""
+    try:
+        with warnings.catch_warnings(action="ignore"):               # that StandIn's source is another
+            module = torch.load(path, map_location="cpu", pickle_module=TensorPickle, weights_only=False)
+        tensors = {}
+        nodes = [("", module)]
+        while nodes:
+            prefix, node = nodes.pop()
+            tensors |= {prefix + name: tensor.detach().float() for name, tensor in node._parameters.items()}
+            nodes += [(f"{prefix}{name}.", child) for name, child in node._modules.items()]
+        return tensors
+    except OSError:
+        raise
+    except Exception as error:          # UnpicklingError, RuntimeError, EOFError ... for what is no such file
+        with open(path, "rb") as file:
+            what = "a text, perhaps a web page" if file.read(200).isascii() else "damaged or something else"
+        raise ValueError(f"{path} is {what}, not DALL-E's weights ({str(error).strip().splitlines()[0]}): "
+                         f"fetch {os.path.basename(path)} again from {DALLE_URL}") from None
 
 
 # ---------------------------------------------------------------- by name

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+import cim_pretrain
 import data
 import energy_pretrain
 import models
@@ -400,10 +403,13 @@ def test_script_processes_accumulation_and_outputs(folder, tmp_path):
     assert picture.size == (6 * 98 + 2, 8 * 98 + 2)  # 8 pictures: original, corrupted, 4 steps
 
 
-def test_killed_and_resumed_is_bit_identical(folder, tmp_path):
-    flags = [*TINY, "--data", folder, "--epochs", "5", "--output_dir"]
-    run("energy_pretrain.py", *flags, tmp_path / "whole")
-    command = [sys.executable, os.path.join(HERE, "energy_pretrain.py"), *flags, tmp_path / "killed"]
+@pytest.mark.parametrize("script,flags", [
+    ("energy_pretrain.py", []),
+    ("cim_pretrain.py", ["--dvae", "train", "--dvae_steps", "3", "--objective", "revdet"])])
+def test_killed_and_resumed_is_bit_identical(script, flags, folder, tmp_path):
+    flags = [*TINY, *flags, "--data", folder, "--epochs", "5", "--output_dir"]
+    run(script, *flags, tmp_path / "whole")
+    command = [sys.executable, os.path.join(HERE, script), *flags, tmp_path / "killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     while not os.path.exists(tmp_path / "killed" / "checkpoint.pt"):
         assert process.poll() is None
@@ -413,8 +419,8 @@ def test_killed_and_resumed_is_bit_identical(folder, tmp_path):
     process.wait()
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 15
     # Stopped once more, in the middle of an epoch, before it goes on to the end.
-    run("energy_pretrain.py", *flags, tmp_path / "killed", "--resume", "--max_steps", "13")
-    run("energy_pretrain.py", *flags, tmp_path / "killed", "--resume")
+    run(script, *flags, tmp_path / "killed", "--resume", "--max_steps", "13")
+    run(script, *flags, tmp_path / "killed", "--resume")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
@@ -429,11 +435,11 @@ def test_script_options(flags, folder, tmp_path):
     assert np.isfinite(line["loss"]) and any(key.startswith(("psnr", "sorted")) for key in line)
 
 
-def stops_with(monkeypatch, capsys, flags):
-    """The one sentence with which main() ends."""
-    monkeypatch.setattr(sys, "argv", ["energy_pretrain.py", *map(str, flags)])
+def stops_with(monkeypatch, capsys, flags, script=energy_pretrain):
+    """The one sentence with which the script's main() ends."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
     with pytest.raises((SystemExit, data.BadInput)) as stop:
-        energy_pretrain.main()
+        script.main()
     assert stop.value.args[0] != 0
     message = stop.value.args[0]
     return message if isinstance(message, str) else capsys.readouterr().err.splitlines()[-1]
@@ -488,3 +494,284 @@ def test_infinite_loss_and_unreadable_image_are_one_sentence(folder, tmp_path):
     result = run("energy_pretrain.py", *flags, tmp_path / "out", check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert str(broken) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- DALL-E's dVAE
+
+class DallEConv2d(nn.Module):
+    __module__, __qualname__ = "dall_e.utils", "Conv2d"               # what a pickle calls it
+
+    def __init__(self, n_in, n_out, kw):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(n_out, n_in, kw, kw) / 3), nn.Parameter(torch.randn(n_out))
+        self.device = torch.device("cpu")
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=(self.w.shape[2] - 1) // 2)
+
+
+class DallEBlock(nn.Module):
+    __module__, __qualname__ = "dall_e.encoder", "EncoderBlock"
+
+    def __init__(self, n_in, n_out, kernels):
+        super().__init__()
+        h = n_out // 4
+        self.id_path = DallEConv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        layers = {}
+        for i, (a, b, kernel) in enumerate(zip((n_in, h, h, h), (h, h, h, n_out), kernels), 1):
+            layers |= {f"relu_{i}": nn.ReLU(), f"conv_{i}": DallEConv2d(a, b, kernel)}
+        self.res_path = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x):
+        return self.id_path(x) + self.res_path(x) / 64                # 4 groups of 2 blocks, squared
+
+
+class DallECoder(nn.Module):
+    """The package's Encoder and Decoder alike."""
+    __module__, __qualname__ = "dall_e.decoder", "Decoder"
+
+    def __init__(self, n_in, stem, widths, n_out, kernels, between):
+        super().__init__()
+        layers = {"input": DallEConv2d(n_in, widths[0], stem)}
+        for i in range(4):
+            blocks = {"block_1": DallEBlock(widths[i], widths[i + 1], kernels),
+                      "block_2": DallEBlock(widths[i + 1], widths[i + 1], kernels)}
+            layers[f"group_{i + 1}"] = nn.Sequential(OrderedDict(blocks | (between if i < 3 else {})))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=DallEConv2d(widths[4], n_out, 1)))
+        self.blocks = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_dalle_files_are_read_without_their_package(zip_format, tmp_path, monkeypatch):
+    """Whole modules, pickled under the names of the package dall_e, which is gone when they are read."""
+    torch.manual_seed(0)
+    encoder = DallECoder(3, 7, [8, 8, 16, 32, 64], 32, (3, 3, 3, 1), {"pool": nn.MaxPool2d(2)})
+    decoder = DallECoder(32, 1, [8, 64, 32, 16, 8], 6, (1, 3, 3, 3),
+                         {"upsample": nn.Upsample(scale_factor=2, mode="nearest")})
+    images = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        tokens = encoder(0.8 * images + 0.1).argmax(dim=1)
+        codes = F.one_hot(tokens, 32).permute(0, 3, 1, 2).float()
+        restored = ((decoder(codes)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
+    monkeypatch.setitem(sys.modules, "dall_e", types.ModuleType("dall_e"))
+    for cls in (DallEConv2d, DallEBlock, DallECoder):
+        module = types.ModuleType(cls.__module__)
+        setattr(module, cls.__qualname__, cls)
+        monkeypatch.setitem(sys.modules, cls.__module__, module)
+    paths = [tmp_path / "encoder.pkl", tmp_path / "decoder.pkl"]
+    for coder, path in zip((encoder, decoder), paths):
+        torch.save(coder, path, _use_new_zipfile_serialization=zip_format)
+    for name in [name for name in sys.modules if name.startswith("dall_e")]:
+        monkeypatch.delitem(sys.modules, name)
+    dvae = models.load_dalle(*paths)
+    assert dvae.config == {"codes": 32, "width": 8, "embed_width": 8, "blocks": 2}
+    with torch.no_grad():
+        assert torch.equal(dvae.encode(images), tokens) and len(tokens.unique()) > 5
+        torch.testing.assert_close(dvae.decode(tokens), restored)     # a lookup, upsampling after the 1x1
+        torch.testing.assert_close(dvae.decode(codes), restored)
+    with pytest.raises(ValueError, match="are not the two halves of a DALL-E dVAE"):
+        models.load_dalle(*paths[::-1])
+
+
+def test_other_files_are_no_dalle(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for content, sentence in ((Evil(), "it asks for posix.mkdir"), ({"w": 1}, "is damaged or something")):
+        for zip_format in (True, False):
+            torch.save(content, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=zip_format)
+            with pytest.raises(ValueError, match=sentence):
+                models.load_dalle(tmp_path / "encoder.pkl", tmp_path / "decoder.pkl")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "encoder.pkl").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="is a text, perhaps a web page"):
+        models.load_dalle(tmp_path / "encoder.pkl", tmp_path / "decoder.pkl")
+
+
+def test_dvae_has_the_size_of_the_published_one():
+    with torch.device("meta"):
+        dvae = models.DVAE()
+    for part, tensors, numbers in ((dvae.encoder, 74, 53_786_240), (dvae.decoder, 76, 43_829_766)):
+        sizes = [param.numel() for param in part.parameters()]
+        assert len(sizes) == tensors and sum(sizes) == numbers
+
+
+# ---------------------------------------------------------------- corrupted image modeling
+
+CIM_TINY = [*TINY, "--dvae", "train", "--dvae_steps", "3", "--warmup_epochs", "1"]
+
+
+def tiny_cim(monkeypatch, *flags):
+    """(CIM model, dVAE, images, golden tokens, masks), of a vit_nano for 16 tokens in images of 16 pixels."""
+    monkeypatch.setattr(sys, "argv", ["cim_pretrain.py", *TINY, *flags])
+    args = cim_pretrain.parse_args()
+    torch.manual_seed(0)
+    dvae = models.DVAE(codes=32, width=8, embed_width=8, blocks=1).requires_grad_(False)
+    model, images = cim_pretrain.build(args, 32), torch.randn(4, 3, 16, 16)
+    return model, dvae, images, torch.randint(32, (4, 16)), cim_pretrain.draw_mask(4, args, "cpu")
+
+
+def test_masks_of_patches():
+    share = (100 / 196, 120 / 196)
+    random = data.random_mask(500, torch.Generator(), 14, share)
+    assert set(random.sum(dim=1).tolist()) == set(range(100, 121))
+    assert (random.float().mean(dim=0) - 110 / 196).abs().max() < 0.1
+    block = data.block_mask(200, None, 14, share)
+    assert block.sum(dim=1).max() <= 120 and block.sum(dim=1).float().mean() > 90
+    alike = [(mask.view(-1, 14, 14).diff(dim=1) == 0).float().mean() for mask in (block.int(), random.int())]
+    assert alike[0] > 0.75 and alike[1] < 0.55                        # a patch and the one below it
+
+
+def test_normalised_targets_equal_a_slow_loop():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16).double()
+    target, mean, std = cim_pretrain.normalize_target(images, "window", 4)
+    padded = F.pad(images, (4, 3, 4, 3), mode="reflect")
+    for b, y, x in [(0, 0, 0), (1, 15, 15), (0, 7, 3), (1, 2, 14)]:
+        window = padded[b, :, y:y + 8, x:x + 8]                       # 4 pixels before the pixel, 3 behind it
+        assert torch.equal(window[:, 4, 4], images[b, :, y, x])
+        expected = (images[b, :, y, x] - window.mean()) / (window.var(correction=0) + 1e-6).sqrt()
+        torch.testing.assert_close(target[b, :, y, x], expected)
+    torch.testing.assert_close(target * std + mean, images)
+    patch = cim_pretrain.normalize_target(images, "patch", 4)[0][1, :, 4:8, 8:12]
+    assert patch.mean().abs() < 1e-6 and abs(patch.std(correction=0) - 1) < 1e-5
+    assert torch.equal(cim_pretrain.normalize_target(images, "none", 4)[0], images)
+
+
+@pytest.mark.parametrize("share", ["0", "2"])
+@pytest.mark.parametrize("objective", ["respix", "revdet"])
+def test_which_loss_trains_what(share, objective, monkeypatch):
+    model, dvae, *batch = tiny_cim(monkeypatch, "--share", share, "--objective", objective)
+    owners = []
+    for i in range(2):
+        model.zero_grad()
+        model(*batch, dvae)[i].backward()
+        owners.append({param for param in model.parameters() if param.grad is not None and param.grad.any()})
+    generator, enhancer = owners
+    assert not generator & set(model.head.parameters())
+    assert not enhancer & {model.generator.mask_token, *model.generator.head.parameters()}
+    # Shared: the weight and bias of the patch embedding, and twelve tensors in each of two blocks.
+    assert len(generator & enhancer) == (2 + 2 * 12 if share == "2" else 0)
+    assert len(generator | enhancer) == len(list(model.parameters()))
+    assert all(param.grad is None for param in dvae.parameters())
+
+
+def test_tokens_of_corrupted_images(monkeypatch):
+    model, dvae, images, golden, mask = tiny_cim(monkeypatch, "--objective", "revdet")
+    tokens = {}
+    for sampling in ("softmax", "argmax", "uniform"):
+        model.sampling = sampling
+        tokens[sampling] = [model.generate(images, golden, mask)[2] for _ in range(2)]
+        for sampled in tokens[sampling]:
+            assert torch.equal(sampled[~mask], golden[~mask]) and not torch.equal(sampled, golden)
+        assert torch.equal(*tokens[sampling]) == (sampling == "argmax")
+    # What the generator is sure of is sampled; then the labels are 0, and the loss is that of "not replaced".
+    model.sampling = "softmax"
+    model.generator.head.weight.data.zero_()
+    model.generator.head.bias.data[:] = torch.tensor([0.0] * 31 + [50.0])
+    golden = torch.full_like(golden, 31)
+    gen_loss, accuracy, sampled = model.generate(images, golden, mask)
+    assert gen_loss < 1e-6 and accuracy == 1 and torch.equal(sampled, golden)
+    output = model.enhance(cim_pretrain.detokenize(dvae, sampled, 16))
+    loss = model.enhancer_loss(output, images, sampled, golden)
+    torch.testing.assert_close(loss, F.softplus(output).mean())
+    # Logits log(1), log(2), log(3), log(4) are drawn 1, 2, 3 and 4 times of ten.
+    model.generator.head.bias.data[:] = torch.tensor([1.0, 2, 3, 4] + [1e-9] * 28).log()
+    drawn = torch.cat([model.generate(images, golden, mask)[2][mask] for _ in range(100)])
+    assert (drawn.bincount(minlength=4) / len(drawn) - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs().max() < 0.03
+
+
+def test_auc():
+    scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.3]), torch.tensor([False, False, True, True, True])
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels].tolist() for n in scores[~labels].tolist()]
+    assert cim_pretrain.area_under_curve(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def _cim_worker(rank, init_file, out_folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    for name in ("vit_nano", "resnet_nano"):
+        model = _train_cim(name, DistributedDataParallel, slice(rank, None, 2))
+        torch.save({"model": model.state_dict()}, f"{out_folder}/{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _train_cim(name, wrap, part):
+    with pytest.MonkeyPatch.context() as patch:
+        model, dvae, images, golden, mask = tiny_cim(patch, "--model", name, "--sampling", "argmax")
+    mask = mask[:1].expand(4, -1)                                     # as many are masked in both halves
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        sum(wrapped(images[part], golden[part], mask[part], dvae)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_cim_ddp_equals_one_process(tmp_path):
+    mp.spawn(_cim_worker, (str(tmp_path / "init"), str(tmp_path)), nprocs=2)
+    for name in ("vit_nano", "resnet_nano"):
+        first, second = (weights(tmp_path, f"{name}{rank}.pt") for rank in (0, 1))
+        buffers = [key for key in first if "running" in key]          # BatchNorm's: of each half
+        assert all(torch.equal(first[key], second[key]) for key in first if key not in buffers)
+        assert bool(buffers) == (name == "resnet_nano")
+    alone = _train_cim("vit_nano", lambda model: model, slice(None)).state_dict()
+    for key, value in weights(tmp_path, "vit_nano0.pt").items():
+        torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+
+
+def run_here(monkeypatch, *flags):
+    """cim_pretrain.main() in this process, which is faster than in another."""
+    monkeypatch.setattr(sys, "argv", ["cim_pretrain.py", *CIM_TINY, "--num_workers", "0", *map(str, flags)])
+    cim_pretrain.main()
+
+
+def test_cim_options_and_outputs(folder, tmp_path, monkeypatch, capsys):
+    flags = ["--data", folder, "--max_steps", 2]
+    run_here(monkeypatch, *flags, "--objective", "revdet", "--masking", "block", "--share", 0, "--output_dir",
+             tmp_path / "a")
+    log = read_log(tmp_path / "a")
+    assert set(log[0]) == {"dvae_psnr", "dvae_codes_used"} and log[1]["objective"] == "revdet"
+    assert {"gen_loss", "gen_acc", "replaced", "accuracy", "precision", "recall", "auc"} <= set(log[2])
+    assert Image.open(tmp_path / "a" / "samples" / "epoch_0001.png").size == (7 * 98 + 2, 8 * 98 + 2)
+    assert Image.open(tmp_path / "a" / "samples" / "dvae.png").size == (2 * 98 + 2, 8 * 98 + 2)
+    frozen = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["model"]
+    # The generator of that run, kept as it is; its dVAE comes with it.
+    run_here(monkeypatch, *flags, "--freeze_generator", tmp_path / "a" / "checkpoint.pt", "--target", "patch",
+             "--amp", "bf16", "--output_dir", tmp_path / "b")
+    used = weights(tmp_path / "b")
+    assert all(torch.equal(used[key], frozen[key]) for key in frozen if key.startswith("generator."))
+    assert not all(torch.equal(used[key], frozen[key]) for key in frozen if key.startswith("backbone."))
+    assert {"psnr_corrupted", "psnr_template", "psnr_output"} <= set(read_log(tmp_path / "b")[1])
+    run_here(monkeypatch, *flags, "--model", "resnet_nano", "--corrupt", "erase", "--target", "none", "--amp",
+             "fp16", "--accum_steps", 2, "--img_size", 32, "--output_dir", tmp_path / "c")
+    backbone = torch.load(tmp_path / "c" / "backbone.pt", weights_only=True)
+    assert {"mean", "std"} <= set(backbone["config"])
+    config = {key: value for key, value in backbone["config"].items() if key not in ("mean", "std")}
+    models.build_model(**config).load_state_dict(backbone["model"])
+    assert "gen_acc" not in read_log(tmp_path / "c")[1] and not (tmp_path / "c" / "dvae.pt").exists()
+
+
+def test_cim_bad_input(folder, tmp_path, monkeypatch, capsys):
+    flags = [*CIM_TINY, "--data", folder, "--num_workers", "0", "--output_dir", tmp_path / "out"]
+    (tmp_path / "other.pt").write_text("nothing")
+
+    def offline(*_):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for more, sentence in ((["--corrupt", "erase", "--objective", "revdet"], "replaces no tokens to detect"),
+                           (["--share", "9"], "--share 9: generator and enhancer have 4 blocks"),
+                           (["--img_size", "18"], "--img_size 18 is no multiple of --patch_size 4"),
+                           (["--model", "resnet_nano", "--patch_size", "16"], "has stride 8: it must divide"),
+                           (["--dvae", "dalle", "--dvae_dir", tmp_path], "encoder.pkl (no network): put"),
+                           (["--freeze_generator", tmp_path / "other.pt"], "dvae.pt is missing")):
+        assert sentence in stops_with(monkeypatch, capsys, [*flags, *more], cim_pretrain)
+    (tmp_path / "dvae.pt").write_text("nothing")
+    assert "dvae.pt is damaged or no dVAE" in stops_with(
+        monkeypatch, capsys, [*flags, "--freeze_generator", tmp_path / "other.pt"], cim_pretrain)
