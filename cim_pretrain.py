@@ -332,7 +332,8 @@ def train_dvae(args, dataset, val_images, device, rank, world):
             optimizer.step()
             optimizer.zero_grad()
             if rank == 0 and (time.time() - shown > 10 or step == args.dvae_steps):
-                print(f"dVAE  step {step}/{args.dvae_steps}  loss {loss.item():.4f}", flush=True)
+                loss, = check_finite([loss.detach()], step)
+                print(f"dVAE  step {step}/{args.dvae_steps}  loss {loss:.4f}", flush=True)
                 shown = time.time()
     if rank == 0:
         tokens = tokenize(dvae, val_images, args.patch_size)

@@ -726,6 +726,14 @@ def test_cim_ddp_equals_one_process(tmp_path):
         torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
 
 
+def test_cim_on_two_processes(folder, tmp_path):
+    flags = [*CIM_TINY, "--data", folder, "--model", "resnet_nano", "--epochs", "2", "--output_dir", tmp_path]
+    run("cim_pretrain.py", *flags, processes=2)
+    log = read_log(tmp_path)
+    assert [line.get("epoch") for line in log] == [None, None, 1, 2] and log[1]["processes"] == 2
+    assert all(np.isfinite([line["loss"], line["gen_loss"], line["psnr_output"]]).all() for line in log[2:])
+
+
 def run_here(monkeypatch, *flags):
     """cim_pretrain.main() in this process, which is faster than in another."""
     monkeypatch.setattr(sys, "argv", ["cim_pretrain.py", *CIM_TINY, "--num_workers", "0", *map(str, flags)])
