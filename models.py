@@ -275,7 +275,7 @@ class DVAEBlock(nn.Module):
         if upsample:    # DALL-E enlarges x first: the same, but 1x1 convolutions are cheaper before
             x, y = (F.interpolate(z, scale_factor=2, mode="nearest") for z in (x, y))
         for name in ("conv_2", "conv_3", "conv_4"):
-            y = self.res_path[name](F.relu(y))
+            y = self.res_path[name](F.relu(y, inplace=True))
         return x + self.gain * y
 
 
