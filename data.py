@@ -1,8 +1,8 @@
 """Pictures and what is done to them: datasets, transforms, corruptions. Tensors in, tensors out.
 
 Datasets give (PIL image, label) and `Transformed` turns them into (tensor, label). Tensors of images are
-float32, (B, 3, H, W), normalised with MEAN and STD. Masks are boolean: True = corrupted; those of segmentation
-hold classes: 0 = unlabelled.
+float32, (B, 3, H, W), normalised with MEAN and STD. Masks are boolean: True = corrupted; for segmentation
+they hold classes: 0 = unlabelled.
 """
 import colorsys
 import math
@@ -262,13 +262,13 @@ def pretrain_transform(img_size):
 
 
 def center_transform(img_size, crop_ratio=1.0):
-    """PIL image -> (3, img_size, img_size): short side resized to img_size / crop_ratio, the centre cut out."""
+    """PIL image -> (3, img_size, img_size): short side to img_size / crop_ratio, the centre cut out."""
     return v2.Compose([v2.Resize(int(img_size / crop_ratio), interpolation=BICUBIC), v2.CenterCrop(img_size),
                        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
 def finetune_transform(img_size, randaug, erasing):
-    """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (of 10; 0: none), erasing.
+    """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
     Differs from the paper: torchvision's RandAugment takes two operations at one fixed strength; the papers'
     (timm's) leaves each out with probability 0.5 and spreads the strength with standard deviation 0.5.
@@ -329,7 +329,7 @@ class EpochSampler(DistributedSampler):
 
 
 class RepeatingSampler(EpochSampler):
-    """Repeated augmentation (Hoffer et al., 2019): each picture `repeats` times in a row, cropped differently.
+    """Repeated augmentation (Hoffer et al., 2019): each picture `repeats` times in a row, other crops.
 
     As in DeiT, the copies go to different processes and into one batch, and an epoch stays as long as
     without: it sees a share 1 / repeats of the pictures.
@@ -342,7 +342,7 @@ class RepeatingSampler(EpochSampler):
         order = torch.randperm(len(self.dataset), generator=generator)
         for i in range(self.rank + self.skip * self.num_replicas, self.total_size, self.num_replicas):
             copy, index = i % self.repeats, order[i // self.repeats].item()
-            yield self.epoch * self.repeats + copy, index             # the copies differ in the seed's "epoch"
+            yield self.epoch * self.repeats + copy, index            # the copies differ in the seed's "epoch"
 
 
 def denormalize(images):

@@ -8,6 +8,8 @@ Every backbone has the same two methods and two numbers:
 ViT uses timm's parameter names and ResNet torchvision's, so that weights move in both directions;
 ConvNeXt-T and Swin-T are torchvision's own classes with the classifier taken off.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -291,3 +293,31 @@ def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sinco
     if cls is ResNet:
         options = dict(options, norm=norm, dilated=dilated)
     return cls(**options, drop_rate=drop_rate)
+
+
+HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "mask_token")
+
+
+def load_weights(backbone, weights):
+    """Loads a state dict in the names of timm (ViT), MAE or torchvision; -> its keys of a head, left behind.
+
+    The position embedding is resized where the image size differs. ValueError says which other key is
+    missing, unknown or of another shape.
+    """
+    own, weights = backbone.state_dict(), dict(weights)
+    if "pos_embed" in own and "pos_embed" in weights and weights["pos_embed"].ndim == 3:
+        N, side = (math.isqrt(state["pos_embed"].shape[1] - 1) for state in (weights, own))
+        if N != side and N ** 2 + 1 == weights["pos_embed"].shape[1]:
+            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], side)
+    left = [key for key in weights if key not in own and key.startswith(HEADS)]
+    optional = ("num_batches_tracked",)  # not in old files
+    if "fc_norm.weight" in weights:      # timm's and MAE's classifiers of patch means have no last norm
+        optional += ("norm.weight", "norm.bias")
+    wrong = [f"has no {key}" for key in own if key not in weights and not key.endswith(optional)]
+    wrong += [f"has {key}" for key in weights if key not in own and key not in left]
+    wrong += [f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+              for key in own if key in weights and weights[key].shape != own[key].shape]
+    if wrong:
+        raise ValueError(", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    backbone.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+    return left
