@@ -311,6 +311,9 @@ class Transformed(Dataset):
     def __init__(self, dataset, transform, seed):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
+    def __len__(self):
+        return len(self.dataset)
+
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.dataset[index]

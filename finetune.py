@@ -503,7 +503,7 @@ def main():
         val_view = data.center_transform(args.test_size, args.crop_ratio)
     # Each validation image is in one process only, and in the same batch for any number of processes.
     val_set, size = data.Transformed(val_set, val_view, args.seed), 1 if segment else 64
-    keys = [(0, index) for index in range(len(val_set.dataset))]
+    keys = [(0, index) for index in range(len(val_set))]
     val_loader = DataLoader(val_set, num_workers=args.num_workers,
                             batch_sampler=[keys[i:i + size] for i in range(0, len(keys), size)][rank::world])
 

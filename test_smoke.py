@@ -1,7 +1,12 @@
 """pytest: on a CPU, without network, in minutes. The real scripts run at toy size, two processes included."""
+import argparse
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import energy_pretrain
+import finetune
 import models
 
+SCRIPTS = ("energy_pretrain.py", "finetune.py")
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--model", "vit_nano", "--img_size", "16", "--patch_size", "4", "--batch_size", "16", "--lr", "1e-3",
         "--num_workers", "2", "--device", "cpu"]
@@ -429,11 +436,11 @@ def test_script_options(flags, folder, tmp_path):
     assert np.isfinite(line["loss"]) and any(key.startswith(("psnr", "sorted")) for key in line)
 
 
-def stops_with(monkeypatch, capsys, flags):
+def stops_with(monkeypatch, capsys, flags, module=energy_pretrain):
     """The one sentence with which main() ends."""
-    monkeypatch.setattr(sys, "argv", ["energy_pretrain.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
     with pytest.raises((SystemExit, data.BadInput)) as stop:
-        energy_pretrain.main()
+        module.main()
     assert stop.value.args[0] != 0
     message = stop.value.args[0]
     return message if isinstance(message, str) else capsys.readouterr().err.splitlines()[-1]
@@ -488,3 +495,367 @@ def test_infinite_loss_and_unreadable_image_are_one_sentence(folder, tmp_path):
     result = run("energy_pretrain.py", *flags, tmp_path / "out", check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert str(broken) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+FAST = ["--batch_size", "8", "--lr", "1e-3", "--num_workers", "0", "--device", "cpu"]
+
+
+def finetune_main(*flags):
+    """finetune.py in this process; -> its last line."""
+    argv, sys.argv = sys.argv, ["finetune.py", *FAST, *map(str, flags)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        finetune.main()
+    sys.argv = argv
+    return out.getvalue().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Three classes: 24 pictures to train on, and 37 held out, which neither 2 nor 3 processes divide."""
+    root = tmp_path_factory.mktemp("labelled")
+    for split, length in (("train", 24), ("val", 37)):
+        shapes = data.Shapes(split == "train", 20)
+        for i in range(length):
+            (root / split / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+            shapes[10 * i + i % 3][0].save(root / split / "abc"[i % 3] / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Images of different sizes with masks of four grey levels: 0 = unlabelled, 1, 2, 3."""
+    root = tmp_path_factory.mktemp("masked")
+    for split, length in (("training", 8), ("validation", 5)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(length):
+            image = data.Shapes(True, 40)[i][0].crop((0, 0, 40, 20 + i))
+            image.save(root / "images" / split / f"{i}.png")
+            mask = np.array(image.convert("L")) // 64
+            mask[:3] = 0
+            Image.fromarray(mask).save(root / "annotations" / split / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(labelled, masked, tmp_path_factory):
+    """Pretrained by energy_pretrain.py for a step, then fine-tuned with no flag of the model: -> output folder."""
+    root = tmp_path_factory.mktemp("trained")
+    run("energy_pretrain.py", *TINY, "--data", labelled, "--max_steps", 1, "--output_dir", root / "energy")
+    run("finetune.py", *FAST, "--init", root / "energy/backbone.pt", "--data", labelled, "--epochs", 2,
+        "--output_dir", root / "classify")
+    finetune_main("--init", root / "energy/checkpoint.pt", "--task", "segment", "--num_classes", 3, "--img_size", 16,
+                  "--data", masked, "--epochs", 2, "--output_dir", root / "segment")
+    return root
+
+
+def test_scripts_share_their_blocks():
+    def block(name):
+        with open(os.path.join(HERE, name)) as file:
+            text = file.read()
+        return text[text.index("- the same, to the letter, in all scripts\n"):text.index("- the loop\n")]
+    assert len(block(SCRIPTS[0])) > 4000 and len({block(name) for name in SCRIPTS}) == 1
+
+
+def resolved(monkeypatch, *flags, **found):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+    args = finetune.parse_args()
+    finetune.resolve(args, found)
+    return args
+
+
+def test_recipes_are_the_papers(monkeypatch):
+    names = ("epochs", "lr", "batch_size", "weight_decay", "layer_decay", "warmup_epochs", "clip_grad", "drop_path",
+             "label_smoothing", "mixup", "cutmix", "randaug", "erasing", "repeats", "loss", "img_size", "test_size",
+             "crop_ratio")
+    vit = (.05, .75, 5, 0, .1, .1, .8, 1.0, 9, .25, 1, "ce", 224, 224)
+    cim = (.05, .80, *vit[2:])
+    for flags, values in [
+            (["--model", "vit_s"], (200, 1e-3, 1024, *vit, .875)), (["--model", "vit_b"], (100, 1e-3, 1024, *vit, .875)),
+            (["--model", "vit_l"], (50, 1e-3, 1024, *vit, .875)),
+            (["--model", "vit_s", "--recipe", "cim"], (200, 3e-3, 1024, *cim, .95)),
+            (["--model", "vit_b", "--recipe", "cim"], (100, 3e-3, 1024, *cim, .95)),
+            (["--model", "resnet50"],
+             (100, .012, 2048, .02, 1, 5, 0, 0, .1, .1, 1.0, 6, 0, 1, "bce", 160, 224, .95)),
+            (["--model", "resnet50", "--epochs", 300],
+             (300, .012, 2048, .02, 1, 5, 0, 0, 0, .1, 1.0, 7, 0, 3, "bce", 224, 224, .95)),
+            (["--model", "resnet50", "--epochs", 600],
+             (600, .012, 2048, .01, 1, 5, 0, .05, .1, .2, 1.0, 7, 0, 3, "bce", 224, 224, .95))]:
+        args = resolved(monkeypatch, *flags)
+        assert tuple(getattr(args, name) for name in names) == values, flags
+    args = resolved(monkeypatch, "--batch_size", 512, "--mixup", 0, "--epochs", 10, model="vit_b", img_size=32)
+    assert (args.model, args.lr, args.mixup, args.cutmix, args.warmup_epochs) == ("vit_b", 5e-4, 0, 1.0, 2)
+    assert (args.img_size, args.test_size, args.crop_ratio) == (32, 32, 1.0)
+    args = resolved(monkeypatch, "--task", "segment", model="vit_b", img_size=224)
+    assert (args.img_size, args.lr, args.layer_decay, args.batch_size, args.power) == (512, 3e-4, .8, 16, 1)
+    args = resolved(monkeypatch, "--task", "segment", "--model", "resnet50")
+    assert (args.img_size, args.lr, args.layer_decay, args.batch_size, args.power) == (512, 1e-2, 1, 16, .9)
+    strength = data.finetune_transform(224, 9, 0.25).transforms[2]
+    assert strength.magnitude == 9 and strength.num_ops == 2
+    assert strength._AUGMENTATION_SPACE["Rotate"][0](strength.num_magnitude_bins, 224, 224)[9] == pytest.approx(27)
+
+
+def test_schedules():
+    rate = [finetune.learning_rate(step, 110, 10, 1.0, 1e-6) for step in range(111)]
+    assert rate[0] == 0.1 and rate[9] == rate[10] == 1 and rate[110] == 1e-6
+    assert rate[60] == pytest.approx((1 + 1e-6) / 2)
+    rate = [finetune.poly_rate(step, 110, 10, 1.0, 0.9) for step in range(111)]
+    assert rate[0] == 0.1 and rate[9] == rate[10] == 1 and rate[110] == 0 and rate[60] == 0.5 ** 0.9
+
+
+def test_layer_decay_and_no_decay():
+    vit = tiny_vit()
+    vit.pos_embed.requires_grad_(True)
+    model = finetune.Classifier(vit, 3)
+    names = {param: name for name, param in model.named_parameters()}
+    found = {names[param]: (group["lr_scale"], group["weight_decay"])
+             for group in finetune.layer_groups(model, 0.05, 0.75) for param in group["params"]}
+    assert set(names.values()) - set(found) == {"backbone.norm.weight", "backbone.norm.bias"}  # frozen
+    for name, (scale, decay) in found.items():
+        layer = 1 if ".blocks.0." in name else 2 if ".blocks.1." in name else 3 if name.startswith("head") else 0
+        assert scale == 0.75 ** (3 - layer), name
+        kernel = name.endswith("weight") and "norm" not in name and name != "head.0.weight"
+        assert decay == (0.05 if kernel else 0), name
+    groups = finetune.layer_groups(finetune.Classifier(models.build_model("resnet_nano"), 3), 0.02, 1.0)
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.02), (1, 0)]
+
+
+def test_position_embeddings_of_another_size():
+    """Smooth pictures at twice the size, in four times as many patches: features stay close, by position too."""
+    torch.manual_seed(0)
+    small = models.ViT(dim=48, depth=2, heads=3, img_size=32, patch_size=4, pool="mean")
+    large = models.ViT(dim=48, depth=2, heads=3, img_size=64, patch_size=4, pool="mean")
+    weights = small.state_dict()
+    assert models.load_weights(large, weights) == []
+    images = F.interpolate(torch.randn(8, 3, 4, 4), size=(64, 64), mode="bicubic")
+    half = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
+
+    def distance(model):                                              # over the distance between two pictures
+        maps = F.avg_pool2d(model.forward_map(images), 2), small.forward_map(half)
+        return ((maps[0] - maps[1]).square().mean() / (maps[1][:4] - maps[1][4:]).square().mean()).item()
+    close = distance(large)
+    large.pos_embed.data[:, 1:] = large.pos_embed[:, 1:].view(1, 16, 16, 48).transpose(1, 2).reshape(1, 256, 48)
+    assert close < 0.05 and distance(large) > 10 * close
+    same = models.resize_pos_embed(small.pos_embed, 8)
+    torch.testing.assert_close(same, small.pos_embed)
+    assert torch.equal(large.pos_embed[:, :1], small.pos_embed[:, :1])
+
+
+def test_every_key_is_accounted_for():
+    for name, head in [("resnet50", ["fc.weight", "fc.bias"]), ("swin_t", ["head.weight", "head.bias"]),
+                       ("convnext_t", ["classifier.2.weight", "classifier.2.bias"])]:
+        theirs = getattr(torchvision.models, {"convnext_t": "convnext_tiny"}.get(name, name))().eval()
+        ours = models.build_model(name).eval()
+        assert models.load_weights(ours, theirs.state_dict()) == head
+        setattr(theirs, head[0].split(".")[0], nn.Identity())
+        if name != "convnext_t":
+            torch.testing.assert_close(ours(torch.ones(1, 3, 64, 64)), theirs(torch.ones(1, 3, 64, 64)))
+    own = tiny_vit().state_dict()
+    mae = own | {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(1)}
+    assert models.load_weights(tiny_vit(), mae) == ["mask_token", "decoder_embed.weight"]
+    averaged = {key: value for key, value in own.items() if not key.startswith("norm.")}
+    with pytest.raises(ValueError, match="^has no norm.weight, has no norm.bias$"):
+        models.load_weights(tiny_vit(), averaged)
+    assert len(models.load_weights(tiny_vit(), averaged | {"fc_norm.weight": own["norm.weight"]})) == 1
+    with pytest.raises(ValueError, match="^has surprise$"):
+        models.load_weights(tiny_vit(), own | {"surprise": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"^has cls_token of shape \(1, 1, 8\), not \(1, 1, 16\)$"):
+        models.load_weights(tiny_vit(), own | {"cls_token": torch.zeros(1, 1, 8)})
+
+
+def test_dilation_is_torchvisions_and_drop_path_linear():
+    ours = models.build_model("resnet50", dilated=True).eval()
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs.fc, image = nn.Identity(), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(image), theirs(image))
+    assert ours.forward_map(image).shape == (1, 2048, 8, 8)
+    vit = models.build_model("vit_nano", 32, 4, drop_rate=0.3)
+    assert [getattr(block.drop_path, "p", 0) for block in vit.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    resnet, images = models.build_model("resnet_nano", drop_rate=0.3), torch.ones(64, 3, 8, 8)
+    assert [getattr(m.drop_path, "p", 0) for m in resnet.modules() if isinstance(m, models.Bottleneck)] == \
+        pytest.approx([0, 0.1, 0.2, 0.3])
+    for model, count in ((vit, 64), (resnet, 8)):                     # alike, but for the branches they skip
+        images = torch.ones(64, 3, 32, 32)
+        assert len(model.train()(images).detach().round(decimals=3).unique(dim=0)) > 4
+        assert len(model.eval()(images).detach().round(decimals=3).unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("probe,layers", [("linear", 1), ("mlp", 3)])
+def test_probes_leave_the_backbone_alone(probe, layers):
+    model = finetune.Classifier(models.build_model("resnet_nano", norm="batch"), 3, probe).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(finetune.layer_groups(model, 0.0, 1.0), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(8, 3, 16, 16), torch.arange(8) % 3).backward()
+        optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert sum(isinstance(module, nn.Linear) for module in model.head) == layers
+    assert changed == {key for key in before if key.startswith("head.")}
+
+
+def test_losses():
+    torch.manual_seed(0)
+    model, images = finetune.Classifier(tiny_vit(), 4, label_smoothing=0.1), torch.randn(6, 3, 16, 16)
+    nn.init.normal_(model.head[1].weight)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    targets = F.one_hot(labels, 4) * 0.9 + 0.1 / 4
+    p = model.logits(images).softmax(dim=1)
+    torch.testing.assert_close(model(images, labels), -(targets * p.log()).sum(dim=1).mean())
+    model.loss, q = "bce", model.logits(images).sigmoid()
+    expected = -(targets * q.log() + (1 - targets) * (1 - q).log()).mean()
+    torch.testing.assert_close(model(images, labels), expected)
+    torch.testing.assert_close(model(images, F.one_hot(labels, 4).float()), expected)
+
+
+def test_few_labels_and_repeated_augmentation():
+    targets = [0] * 200 + [1] * 100 + [2] * 3
+    few = data.few_labels(targets, 0.1, seed=1)
+    assert np.bincount(np.array(targets)[few]).tolist() == [20, 10, 1] and len(set(few)) == 31
+    assert few == data.few_labels(targets, 0.1, seed=1) != data.few_labels(targets, 0.1, seed=2)
+
+    def epoch(rank, world, skip=0):
+        sampler = data.RepeatingSampler(range(40), world, rank, seed=3, drop_last=True)
+        sampler.set_epoch(2)
+        sampler.skip = skip
+        return list(sampler)
+    keys = epoch(0, 1)
+    assert len(keys) == len(set(keys)) == 40 and keys == [key for pair in zip(epoch(0, 2), epoch(1, 2)) for key in pair]
+    assert [index for _, index in keys[:39:3]] == [index for _, index in keys[2::3]] and len({i for _, i in keys}) == 14
+    assert [seed for seed, _ in keys[:4]] == [6, 7, 8, 6] and epoch(0, 1, skip=7) == keys[7:]
+
+
+def test_miou_is_the_slow_one(masked):
+    torch.manual_seed(0)
+    model = finetune.Segmenter(tiny_vit(), 3, img_size=16).eval()
+    views = data.Transformed(data.Segmentation(masked, False, 3), data.segment_transform(16, False), 0)
+    counts, inside, union = 0, [0, 0, 0], [0, 0, 0]
+    for i in range(len(views)):
+        (image, mask), _ = views[0, i]
+        assert image.shape[1:] == mask.shape and (mask == 0).any()
+        counts = counts + model.count(image[None], mask[None])
+        prediction = model.predict(image[None])[0].argmax(dim=0) + 1
+        for truth, guess in zip(mask.flatten().tolist(), prediction.flatten().tolist()):
+            for c in range(3):
+                inside[c] += truth == guess == c + 1
+                union[c] += truth > 0 and (truth == c + 1 or guess == c + 1)
+    expected = 100 * np.mean([a / b for a, b in zip(inside, union) if b])
+    assert model.summary(counts)["miou"] == pytest.approx(expected, abs=1e-3) and 0 < expected < 100
+    blank = mask[None].clone()
+    blank[:, :5] = 0
+    changed = model.count(image[None], mask[None]) - model.count(image[None], blank)
+    assert changed[:9].sum() == (mask[:5] > 0).sum()
+    torch.testing.assert_close(model(image[None, :, :16, :16], blank[:, :16, :16]), F.cross_entropy(
+        model.logits(image[None, :, :16, :16])[:, :, 5:], mask[None, 5:16, :16] - 1, ignore_index=-1))
+
+
+def test_fine_tuning_writes_and_evaluates(trained, labelled):
+    log = read_log(trained / "classify")
+    assert {"top1", "top5", "val_loss", "loss", "lr", "img_per_s", "best_top1"} <= set(log[2])
+    assert log[0]["model"] == "vit_nano" and log[0]["img_size"] == 16 and log[2]["top5"] == 100
+    measured = json.loads(finetune_main("--eval_only", "--init", trained / "classify/checkpoint.pt", "--data", labelled))
+    assert measured == {"images": 37} | {key: log[2][key] for key in ("top1", "top5", "val_loss")}
+    assert Image.open(trained / "segment/samples/epoch_0002.png").size == (3 * 42 + 2, 4 * 22 + 2)
+    before, after = weights(trained / "energy", "backbone.pt"), weights(trained / "classify", "backbone.pt")
+    assert set(before) == set(after) and not torch.equal(before["pos_embed"], after["pos_embed"])
+
+
+def _finetune_worker(rank, world, port, folder, jobs):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    for i, flags in enumerate(jobs):
+        with open(f"{folder}/{world}_{i}_{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+            sys.argv = ["finetune.py", *FAST, *map(str, flags)]
+            finetune.main()
+
+
+def test_processes_agree(trained, labelled, masked, tmp_path):
+    """Evaluation is the same to the last digit on 1, 2, 3 processes; training the same up to rounding on 1, 2."""
+    jobs = [["--eval_only", "--init", trained / "classify/checkpoint.pt", "--data", labelled],
+            ["--eval_only", "--init", trained / "segment/checkpoint.pt", "--data", masked]]
+    train = ["--data", labelled, "--model", "vit_nano", "--img_size", 16, "--patch_size", 4, "--epochs", 2,
+             "--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--output_dir"]
+    for world in (2, 3):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        more = [[*train, tmp_path / "two"]] if world == 2 else []
+        mp.spawn(_finetune_worker, (world, port, tmp_path, jobs + more), nprocs=world)
+        for i, job in enumerate(jobs):
+            assert (tmp_path / f"{world}_{i}_0.txt").read_text().strip() == finetune_main(*job)
+    finetune_main(*train, tmp_path / "one")
+    finetune_main(*train, tmp_path / "parts", "--accum_steps", 2)
+    one = weights(tmp_path / "one")
+    for other in ("two", "parts"):
+        for key, value in weights(tmp_path / other).items():
+            torch.testing.assert_close(value, one[key], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "vit_nano", "--patch_size", 4, "--img_size", 16],
+    ["--model", "resnet_nano", "--img_size", 16, "--recipe", "rsb", "--epochs", 300, "--drop_path", 0.2],
+    ["--model", "resnet_nano", "--img_size", 16, "--task", "segment", "--num_classes", 3]])
+def test_fine_tuning_resumes_bit_identically(flags, labelled, masked, tmp_path):
+    flags = [*flags, "--data", masked if "segment" in flags else labelled, "--num_workers", 2, "--output_dir"]
+    stop = 2 if "segment" in flags else 4                             # 1 or 3 steps an epoch
+    finetune_main(*flags, tmp_path / "whole", "--max_steps", 6)
+    finetune_main(*flags, tmp_path / "stopped", "--max_steps", stop)
+    finetune_main(*flags, tmp_path / "stopped", "--max_steps", 6, "--resume")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    first, last = read_log(tmp_path / "whole")[-1], read_log(tmp_path / "stopped")[-1]
+    assert all(first[key] == last[key] for key in first if key.startswith(("top", "miou", "val", "best")))
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--init", "nowhere.pt"], "--init nowhere.pt is missing, damaged or no file of weights"),
+    (["--init", "TMP/text.pt"], "text.pt is missing, damaged or no file of weights"),
+    (["--init", "INIT", "--model", "vit_t"], "does not fit --model vit_t"),
+    (["--init", "INIT", "--model", "resnet_nano"], "it has no conv1.weight"),
+    (["--init", "INIT", "--patch_size", 8], "has patch_embed.proj.weight of shape (96, 3, 4, 4), not (96, 3, 8, 8)"),
+    (["--init", "INIT", "--eval_only"], "--eval_only measures a checkpoint.pt of finetune.py"),
+    (["--init", "INIT", "--img_size", 18], "--img_size 18 is not a multiple of --patch_size 4"),
+    (["--init", "INIT", "--label_fraction", 1.5], "--label_fraction 1.5: must be above 0"),
+    (["--init", "INIT", "--label_fraction", 0.1], "has 3 training pictures, fewer than --batch_size 8"),
+    (["--init", "INIT", "--batch_size", 9, "--accum_steps", 2], "--batch_size 9 is not a multiple of 1 processes x 2"),
+    (["--init", "INIT", "--data", "TMP/classes"], "classes differ (3 and 2, only here or there: c; none)"),
+    (["--init", "INIT", "--data", "nowhere"], "--data nowhere has no folder train"),
+    (["--init", "DONE", "--eval_only", "--data", "TMP/two"], "classes differ (2 and 3, only here or there: none; c)"),
+    (["--task", "segment", "--probe", "linear"], "--probe and --label_fraction are for --task classify"),
+    (["--task", "segment", "--data", "nowhere"], "no image files in nowhere/images/training"),
+    (["--task", "segment", "--data", "MASKED", "--num_classes", 2], "has the label 3, above --num_classes 2"),
+    (["--task", "segment", "--data", "TMP/sizes"], ".png is (7, 9), its image (2"),
+])
+def test_bad_input_to_fine_tuning(flags, sentence, trained, labelled, masked, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.pt").write_text("a web page")
+    for name, train, val in (("classes", "abc", "ab"), ("two", "ab", "ab")):
+        for split, classes in (("train", train), ("val", val)):
+            (tmp_path / name / split).mkdir(parents=True)
+            for c in classes:
+                (tmp_path / name / split / c).symlink_to(labelled / split / c)
+    shutil.copytree(masked, tmp_path / "sizes")
+    for path in (tmp_path / "sizes/annotations/training").iterdir():
+        Image.new("L", (9, 7)).save(path)
+    words = {"TMP": str(tmp_path), "INIT": str(trained / "energy/backbone.pt"), "MASKED": str(masked),
+             "DONE": str(trained / "classify/checkpoint.pt")}
+    for word, path in words.items():
+        flags = [str(flag).replace(word, path) for flag in flags]
+    flags = [*FAST, "--data", labelled, "--epochs", 1, "--output_dir", tmp_path / "out", *flags]
+    if "segment" in flags:
+        flags += ["--model", "vit_nano", "--patch_size", 4, "--img_size", 16]
+    assert sentence in stops_with(monkeypatch, capsys, flags, finetune)
+
+
+def test_init_files_of_others(labelled, tmp_path):
+    """MAE's file with its arguments, DDP's prefix, another image size; a probe."""
+    vit = models.build_model("vit_nano", 32, 4)
+    state = {"module." + key: value for key, value in vit.state_dict().items()} | {"module.mask_token": torch.ones(1)}
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "mae.pth")
+    finetune_main("--init", tmp_path / "mae.pth", "--model", "vit_nano", "--patch_size", 4, "--img_size", 16,
+                  "--data", labelled, "--epochs", 1, "--probe", "mlp", "--output_dir", tmp_path / "out")
+    after = weights(tmp_path / "out", "backbone.pt")
+    assert all(torch.equal(after[key], value) for key, value in vit.state_dict().items() if key != "pos_embed")
+    torch.testing.assert_close(after["pos_embed"], models.resize_pos_embed(vit.pos_embed, 4))
