@@ -213,7 +213,7 @@ def few_labels(targets, fraction, seed):
 
 
 class Segmentation(Dataset):
-    """Images with masks in ADE20K's layout: ((PIL image, Mask (H, W) uint8), index). Raises BadInput.
+    """Images with masks in ADE20K's layout: (PIL image, Mask (H, W) uint8). Raises BadInput.
 
     root/images/{training,validation}/NAME.jpg, root/annotations/{training,validation}/NAME.png of the same
     size, one channel: 0 = unlabelled, 1 ... num_classes.
@@ -249,7 +249,7 @@ class Segmentation(Dataset):
         if mask.max() > self.num_classes:
             raise BadInput(f"the mask {path} has the label {mask.max()}, above --num_classes "
                            f"{self.num_classes}: raise that, or set the pixels to 0, unlabelled")
-        return (image, tv_tensors.Mask(mask.astype(np.uint8))), index
+        return image, tv_tensors.Mask(mask.astype(np.uint8))
 
 
 # ---------------------------------------------------------------- transforms and order
@@ -284,7 +284,7 @@ def finetune_transform(img_size, randaug, erasing):
 
 
 def segment_transform(img_size, train):
-    """(PIL image, Mask) -> ((3, H, W), (H, W) int64). Training: short side img_size x U(0.5, 2), a crop of
+    """PIL image, Mask -> (3, H, W), (H, W) int64. Training: short side img_size x U(0.5, 2), a crop of
     img_size x img_size (padding is unlabelled), flip, colours shifted; else the whole image as it is.
     """
     jitter = [v2.RandomResize(img_size // 2, img_size * 2 + 1),
@@ -302,7 +302,7 @@ def fixed_images(dataset, img_size, count=256):
 
 
 class Transformed(Dataset):
-    """(transform(image), label), with random numbers that depend on (seed, epoch, index) and nothing else:
+    """transform(image, label or mask), with random numbers that depend on (seed, epoch, index) and nothing else:
     not on the number of workers or processes, nor on where a run was killed and resumed.
 
     Its keys are the pairs (epoch, index) that EpochSampler gives.
@@ -319,7 +319,7 @@ class Transformed(Dataset):
         image, label = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(self.seed, epoch, index))
-            return self.transform(image), label
+            return self.transform(image, label)
 
 
 class EpochSampler(DistributedSampler):

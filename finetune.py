@@ -314,12 +314,6 @@ def poly_rate(step, total_steps, warmup_steps, peak, power):
 
 # ---------------------------------------------------------------- what is measured and shown
 
-def unpack(batch, device):
-    """A loader's batch -> (images, labels or masks) on the device."""
-    images, labels = batch if torch.is_tensor(batch[0]) else batch[0]  # with masks: ((images, masks), index)
-    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
 @torch.no_grad()
 def evaluate(model, loader, device, dtype, world):
     """-> {"top1": %, "top5": %, "val_loss"} or {"miou": %, "pixel_acc": %, "val_loss"} over all images."""
@@ -330,7 +324,7 @@ def evaluate(model, loader, device, dtype, world):
     counts = torch.zeros(model.counts, dtype=torch.float64)
     for batch in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            counts += model.count(*unpack(batch, device)).cpu()
+            counts += model.count(*(part.to(device) for part in batch)).cpu()
     model.train()
     if world > 1:
         counts = counts.to(device)
@@ -346,7 +340,7 @@ def save_picture(path, model, dataset, device):
     model.eval()
     tiles = []
     for i in torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist():
-        (image, mask), _ = dataset[0, i]
+        image, mask = dataset[0, i]
         prediction = model.predict(image[None].to(device))[0].argmax(dim=0).cpu() + 1
         for tile in (data.denormalize(image), colors[mask].movedim(2, 0), colors[prediction].movedim(2, 0)):
             tiles.append(v2.functional.resize(tile, tiles[0].shape[1:] if tiles else tile.shape[1:]))
@@ -599,9 +593,9 @@ def main():
             losses.append(torch.zeros((), device=device))
             for part in range(args.accum_steps):
                 waiting = time.time()
-                images, labels = unpack(next(batches), device)
+                batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 data_time += time.time() - waiting
-                images, labels = mix((images, labels))
+                images, labels = mix(batch)
                 with nullcontext() if part == args.accum_steps - 1 or world == 1 else ddp.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss = ddp(images, labels) / args.accum_steps

@@ -733,7 +733,7 @@ def test_miou_is_the_slow_one(masked):
     views = data.Transformed(data.Segmentation(masked, False, 3), data.segment_transform(16, False), 0)
     counts, inside, union = 0, [0, 0, 0], [0, 0, 0]
     for i in range(len(views)):
-        (image, mask), _ = views[0, i]
+        image, mask = views[0, i]
         assert image.shape[1:] == mask.shape and (mask == 0).any()
         counts = counts + model.count(image[None], mask[None])
         prediction = model.predict(image[None])[0].argmax(dim=0) + 1
