@@ -49,7 +49,7 @@ RSB_600 = RSB_300 | dict(weight_decay=0.01, label_smoothing=0.1, mixup=0.2, drop
 PROBE = ENERGY | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0, drop_path=0.0,
                       label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
 # CIM's sec. 3.2: 80,000 steps are 64 epochs of ADE20K, 160,000 are 127. Decision: what it leaves open as in
-# BEiT's code (warm-up of 1,500 steps, decay, drop path, power) and in MMSegmentation (ResNet's rate, decay, power).
+# BEiT's code (warm-up of 1,500 steps, decay, drop path) and MMSegmentation (powers, ResNet's rate and decay).
 SEGMENT_VIT = CIM | dict(lr=3e-4, batch_size=16, epochs=64, warmup_epochs=1.2, img_size=512, power=1.0,
                          mixup=0.0, cutmix=0.0, label_smoothing=0.0, randaug=0, erasing=0.0)
 SEGMENT_RESNET = SEGMENT_VIT | dict(lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
@@ -552,7 +552,7 @@ def main():
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
-    if segment and args.model.startswith("resnet"):
+    if segment and not args.model.startswith("vit"):
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
