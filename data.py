@@ -213,7 +213,7 @@ def few_labels(targets, fraction, seed):
 
 
 class Segmentation(Dataset):
-    """Images with masks in ADE20K's layout: (PIL image, Mask (H, W) uint8). Raises BadInput.
+    """Images with masks in ADE20K's layout: (PIL image, Mask (H, W) int32). Raises BadInput.
 
     root/images/{training,validation}/NAME.jpg, root/annotations/{training,validation}/NAME.png of the same
     size, one channel: 0 = unlabelled, 1 ... num_classes.
@@ -249,7 +249,7 @@ class Segmentation(Dataset):
         if mask.max() > self.num_classes:
             raise BadInput(f"the mask {path} has the label {mask.max()}, above --num_classes "
                            f"{self.num_classes}: raise that, or set the pixels to 0, unlabelled")
-        return image, tv_tensors.Mask(mask.astype(np.uint8))
+        return image, tv_tensors.Mask(mask.astype(np.int32))
 
 
 # ---------------------------------------------------------------- transforms and order

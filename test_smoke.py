@@ -813,7 +813,7 @@ def test_fine_tuning_resumes_bit_identically(flags, labelled, masked, tmp_path):
     (["--batch_size", 9, "--accum_steps", 2], "--batch_size 9 is not a multiple of 1 processes x 2"),
     (["--data", "TMP/differ"], "classes differ (3 and 2, only here or there: c; none)"),
     (["--data", "nowhere"], "--data nowhere has no folder train"),
-    (["--init", "DONE", "--eval_only", "--data", "TMP/two"], "classes differ (2 and 3, only here or there: none;"),
+    (["--init", "DONE", "--eval_only", "--data", "TMP/two"], "classes differ (2 and 3, only here or there: "),
     (["--task", "segment", "--probe", "linear"], "--probe and --label_fraction are for --task classify"),
     (["--task", "segment", "--data", "nowhere"], "no image files in nowhere/images/training"),
     (["--task", "segment", "--data", "MASKED", "--num_classes", 2], "has the label 3, above --num_classes 2"),
