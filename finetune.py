@@ -48,11 +48,11 @@ RSB_600 = RSB_300 | dict(weight_decay=0.01, label_smoothing=0.1, mixup=0.2, drop
 # Decision: the papers do not say how they probe. As MAE (crops, flips, 90 epochs, no decay), but with AdamW.
 PROBE = ENERGY | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0, drop_path=0.0,
                       label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
-# CIM's sec. 3.2: 80,000 steps are 64 epochs of ADE20K, 160,000 are 127. Decision: what it leaves open as in
+# CIM's sec. 3.2: 160,000 steps are 127 epochs of ADE20K, 80,000 are 64. Decision: what it leaves open as in
 # BEiT's code (warm-up of 1,500 steps, decay, drop path) and MMSegmentation (powers, ResNet's rate and decay).
-SEGMENT_VIT = CIM | dict(lr=3e-4, batch_size=16, epochs=64, warmup_epochs=1.2, img_size=512, power=1.0,
+SEGMENT_VIT = CIM | dict(lr=3e-4, batch_size=16, epochs=127, warmup_epochs=1.2, img_size=512, power=1.0,
                          mixup=0.0, cutmix=0.0, label_smoothing=0.0, randaug=0, erasing=0.0)
-SEGMENT_RESNET = SEGMENT_VIT | dict(lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
+SEGMENT_RESNET = SEGMENT_VIT | dict(lr=1e-2, epochs=64, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
                                     drop_path=0.0, power=0.9)
 
 

@@ -582,9 +582,9 @@ def test_recipes_are_the_papers(monkeypatch):
     args = resolved("--batch_size", 512, "--mixup", 0, "--epochs", 10, model="vit_b", img_size=32)
     assert (args.model, args.lr, args.mixup, args.cutmix, args.warmup_epochs) == ("vit_b", 5e-4, 0, 1, 2)
     assert (args.img_size, args.test_size, args.crop_ratio) == (32, 32, 1)
-    for model, values in (("vit_b", (512, 3e-4, .8, 16, 1)), ("resnet50", (512, 1e-2, 1, 16, .9))):
+    for model, values in (("vit_b", (127, 512, 3e-4, .8, 16, 1)), ("resnet50", (64, 512, 1e-2, 1, 16, .9))):
         args = resolved("--task", "segment", model=model, img_size=224)
-        assert (args.img_size, args.lr, args.layer_decay, args.batch_size, args.power) == values
+        assert (args.epochs, args.img_size, args.lr, args.layer_decay, args.batch_size, args.power) == values
     randaug = data.finetune_transform(224, 9, 0.25).transforms[2]
     angles = randaug._AUGMENTATION_SPACE["Rotate"][0](randaug.num_magnitude_bins, 224, 224)
     assert angles[randaug.magnitude] == pytest.approx(27) and angles[-1] == 30        # 9 of 10
