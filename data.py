@@ -302,7 +302,7 @@ def fixed_images(dataset, img_size, count=256):
 
 
 class Transformed(Dataset):
-    """transform(image, label or mask), with random numbers that depend on (seed, epoch, index) and nothing else:
+    """transform(image, label), with random numbers that depend on (seed, epoch, index) and nothing else:
     not on the number of workers or processes, nor on where a run was killed and resumed.
 
     Its keys are the pairs (epoch, index) that EpochSampler gives.
