@@ -463,7 +463,8 @@ def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
     if args.eval_only and not args.init:
-        args.init = f"{args.output_dir or f'runs/finetune_{args.model}'}/checkpoint.pt"
+        folder = args.output_dir or f"runs/finetune_{args.model or 'vit_s'}"
+        args.init = f"{folder}/checkpoint.pt"
     content, weights, found = read_init(args.init) if args.init else ({}, {}, {})
     checkpoint = None
     if args.eval_only:
