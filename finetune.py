@@ -219,7 +219,7 @@ class Classifier(nn.Module):
 
     def count(self, images, labels):
         """-> (4,) float64: images, sum of cross entropies, right ones, those with the label among five."""
-        logits = self.logits(images).float()
+        logits, labels = self.logits(images).float().cpu(), labels.cpu()  # Apple's GPUs have no float64
         loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
         right = logits.topk(min(5, self.num_classes)).indices == labels[:, None]     # (B, 5)
         return torch.stack([loss.new_tensor(len(images)), loss, right[:, 0].sum(), right.sum()])
@@ -274,8 +274,8 @@ class Segmenter(nn.Module):
     def count(self, images, masks):
         """-> (C * C + 1,) float64: labelled pixels as [truth, prediction], and the sum of cross entropies."""
         logits = self.predict(images)
-        loss = F.cross_entropy(logits, masks - 1, ignore_index=-1, reduction="none").double().sum()
-        pairs = ((masks - 1) * self.num_classes + logits.argmax(dim=1))[masks > 0]
+        loss = F.cross_entropy(logits, masks - 1, ignore_index=-1, reduction="none").cpu().double().sum()
+        pairs = ((masks - 1) * self.num_classes + logits.argmax(dim=1))[masks > 0].cpu()
         return torch.cat([pairs.bincount(minlength=self.num_classes ** 2).double(), loss[None]])
 
     def summary(self, counts):
@@ -324,7 +324,7 @@ def evaluate(model, loader, device, dtype, world):
     counts = torch.zeros(model.counts, dtype=torch.float64)
     for batch in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            counts += model.count(*(part.to(device) for part in batch)).cpu()
+            counts += model.count(*(part.to(device) for part in batch))
     model.train()
     if world > 1:
         counts = counts.to(device)
