@@ -40,6 +40,7 @@ CIM = dict(lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epochs=5, layer_d
            drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaug=9, erasing=0.25, repeats=1,
            loss="ce", img_size=224, test_size=224, crop_ratio=0.95)
 ENERGY = CIM | dict(lr=1e-3, layer_decay=0.75, crop_ratio=0.875)
+EPOCHS = {"vit_b": 100, "vit_l": 50}                                  # the others: 200
 # CIM's Table 15, by the epochs of its columns; no erasing in RSB.
 RSB_100 = CIM | dict(lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1.0, drop_path=0.0, mixup=0.1,
                      randaug=6, erasing=0.0, loss="bce", img_size=160)
@@ -110,18 +111,6 @@ def parse_args():
     return p.parse_args()
 
 
-def recipe(name, model, task="classify", probe=None, epochs=None):
-    """The papers' values for a backbone, as {flag: value}; lr is for their batch_size."""
-    if task == "segment":
-        return SEGMENT_VIT if model.startswith("vit") else SEGMENT_RESNET
-    if probe:
-        return PROBE
-    if name == "rsb":
-        epochs = epochs or 100
-        return (RSB_600 if epochs >= 600 else RSB_300 if epochs >= 300 else RSB_100) | {"epochs": epochs}
-    return {"energy": ENERGY, "cim": CIM}[name] | {"epochs": {"vit_b": 100, "vit_l": 50}.get(model, 200)}
-
-
 def resolve(args, found):
     """Fills in place what no flag gave: the model from `found`, --init's config, the rest by the recipe."""
     def fill(values):
@@ -132,7 +121,15 @@ def resolve(args, found):
     is_vit, segment = args.model.startswith("vit"), args.task == "segment"
     fill({"recipe": "rsb" if args.model.startswith("resnet") else "energy",
           "output_dir": f"runs/finetune_{args.model}"})
-    values = dict(recipe(args.recipe, args.model, args.task, args.probe, args.epochs))
+    if segment:
+        values = dict(SEGMENT_VIT if is_vit else SEGMENT_RESNET)
+    elif args.probe:
+        values = dict(PROBE)
+    elif args.recipe == "rsb":
+        epochs = args.epochs or 100
+        values = (RSB_600 if epochs >= 600 else RSB_300 if epochs >= 300 else RSB_100) | {"epochs": 100}
+    else:
+        values = (CIM if args.recipe == "cim" else ENERGY) | {"epochs": EPOCHS.get(args.model, 200)}
     size = args.img_size or found.get("img_size", 224)
     if not segment and (args.img_size or size != 224 or is_vit):      # else Table 15's, which may be two
         values |= {"img_size": size, "test_size": size}
@@ -295,9 +292,11 @@ def layer_groups(model, weight_decay, layer_decay):
     """
     depth, layers, groups = len(getattr(model.backbone, "blocks", ())), {}, []
     for name, param in model.named_parameters():
-        first = name.startswith(("backbone.patch_embed.", "backbone.cls_token", "backbone.pos_embed"))
-        block = name.startswith("backbone.blocks.")
-        layer = 0 if first else int(name.split(".")[2]) + 1 if block else depth + 1
+        layer = depth + 1
+        if name.startswith(("backbone.patch_embed.", "backbone.cls_token", "backbone.pos_embed")):
+            layer = 0
+        elif name.startswith("backbone.blocks."):
+            layer = int(name.split(".")[2]) + 1
         layers.setdefault(layer, []).append((name, param))
     for layer, named in layers.items():
         for group in parameter_groups(named, weight_decay):
