@@ -238,9 +238,6 @@ def build(args, codes):
     """The CIM model of these arguments, for a tokenizer with so many codes."""
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     backbone = models.build_model(args.model, norm="batch", **size)
-    if args.img_size % backbone.stride or backbone.stride % args.patch_size:
-        raise data.BadInput(f"{args.model} has stride {backbone.stride}: it must divide --img_size "
-                            f"{args.img_size} and be a multiple of --patch_size {args.patch_size}")
     if isinstance(backbone, models.ViT):
         init_as_beit(backbone)
     if args.corrupt == "erase":
@@ -307,7 +304,7 @@ def train_dvae(args, dataset, val_images, device, rank, world):
         # A fresh encoder gives nearly the same code everywhere. Decision: its last layer is scaled once, so
         # that each code's logit has mean 0 and standard deviation 4: all codes are in use from the start.
         logits = dvae.encode_logits(tokenizer_view(val_images, args.patch_size))     # (B, codes, h, w)
-        output, gain = dvae.encoder["blocks"]["output"]["conv"], 4 / logits.std(dim=(0, 2, 3))
+        output, gain = dvae.encoder["blocks"]["output"]["conv"], 4 / logits.std(dim=(0, 2, 3)).clamp(min=1e-3)
         output.w *= gain.view(-1, 1, 1, 1)
         output.b.copy_(-gain * logits.mean(dim=(0, 2, 3)))
     ddp = DistributedDataParallel(model) if world > 1 else model
@@ -587,6 +584,11 @@ def main():
     if args.batch_size % (world * args.accum_steps):
         sys.exit(f"error: --batch_size {args.batch_size} is not a multiple of {world} processes x "
                  f"{args.accum_steps} --accum_steps: change one of them")
+    with torch.device("meta"):
+        stride = models.build_model(args.model, patch_size=args.patch_size).stride
+    if args.img_size % stride or stride % args.patch_size:
+        sys.exit(f"error: {args.model} has stride {stride}: it must divide --img_size {args.img_size} and be "
+                 f"a multiple of --patch_size {args.patch_size}")
     checkpoint_path = open_output(args.output_dir, args.resume, rank)
     torch.manual_seed(args.seed)
 

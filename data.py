@@ -1,7 +1,8 @@
 """Pictures and what is done to them: datasets, transforms, corruptions. Tensors in, tensors out.
 
 Datasets give (PIL image, label) and `Transformed` turns them into (tensor, label). Tensors of images are
-float32, (B, 3, H, W), normalised with MEAN and STD. Masks are boolean: True = corrupted.
+float32, (B, 3, H, W), normalised with MEAN and STD. Masks are boolean: True = corrupted; for segmentation
+they hold classes: 0 = unlabelled.
 """
 import colorsys
 import math
@@ -15,10 +16,13 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)             # ImageNet's, used for every data set
 BICUBIC = v2.InterpolationMode.BICUBIC
+SMALL = 128                                                           # pixels; below, crops keep more
+GRAY = tuple(round(255 * mean) for mean in MEAN)                     # what shifted and padded images show
 
 
 class BadInput(Exception):
@@ -54,6 +58,8 @@ class Shapes(Dataset):
     def __init__(self, train, size, length=None):
         self.train, self.size = train, size
         self.length = length or (6_000 if train else 1_000)
+        self.classes = [f"{texture} {outline} {lobes}" for outline, lobes, _, texture in self.CLASSES]
+        self.targets = [index % 10 for index in range(self.length)]
         self.y, self.x = np.mgrid[0:size, 0:size].astype(np.float32) / size  # pixel coordinates in [0, 1)
 
     def __len__(self):
@@ -165,6 +171,87 @@ def unlabelled_dataset(name, train, img_size):
     return Pictures(paths)
 
 
+def labelled_dataset(name, train, img_size):
+    """"shapes", "cifar10", or a folder with train/CLASS/ and val/CLASS/, the same classes in both.
+
+    The dataset has `classes`, their names in the labels' order, and `targets`, all labels. Raises BadInput.
+    """
+    if name in ("shapes", "cifar10"):
+        return unlabelled_dataset(name, train, img_size)
+    folders = {}
+    for split in ("train", "val"):
+        folders[split] = os.path.join(name, split)
+        if not os.path.isdir(folders[split]):
+            raise BadInput(f"--data {name} has no folder {split}: give train/CLASS/ and val/CLASS/ with "
+                           "pictures, 'shapes' or 'cifar10'")
+    train_names, val_names = ({entry.name for entry in os.scandir(folders[split]) if entry.is_dir()}
+                              for split in folders)
+    if train_names != val_names:
+        raise BadInput(f"{different(train_names, val_names)} in {name}/train and {name}/val: "
+                       "both need the same class folders")
+    try:
+        return torchvision.datasets.ImageFolder(folders["train" if train else "val"], loader=read_rgb)
+    except FileNotFoundError as error:  # no class folder, or one without pictures
+        raise BadInput(f"{str(error).splitlines()[0].rstrip('.')}: "
+                       "every class folder needs pictures") from None
+
+
+def different(names, other):
+    """Two collections of class names -> what distinguishes them, for an error message."""
+    only = [", ".join(sorted(set(a) - set(b))[:3]) or "none" for a, b in ((names, other), (other, names))]
+    return f"classes differ ({len(names)} and {len(other)}, only here or there: {only[0]}; {only[1]})"
+
+
+def few_labels(targets, fraction, seed):
+    """Sorted indices of a class-balanced subset: of each class round(fraction x its number), at least one."""
+    order, targets = np.random.default_rng(seed).permutation(len(targets)), np.asarray(targets)
+    picks = []
+    for label in np.unique(targets):
+        members = order[targets[order] == label]
+        picks.extend(members[:max(1, round(fraction * len(members)))].tolist())
+    return sorted(picks)
+
+
+class Segmentation(Dataset):
+    """Images with masks in ADE20K's layout: (PIL image, Mask (H, W) int32). Raises BadInput.
+
+    root/images/{training,validation}/NAME.jpg, root/annotations/{training,validation}/NAME.png of the same
+    size, one channel: 0 = unlabelled, 1 ... num_classes.
+    """
+
+    def __init__(self, root, train, num_classes):
+        split, self.num_classes = "training" if train else "validation", num_classes
+        folder, masks = (os.path.join(root, kind, split) for kind in ("images", "annotations"))
+        self.images = find_images(folder)
+        if not self.images:
+            raise BadInput(f"no image files in {folder}: --task segment wants --data DIR with images/ and "
+                           "annotations/, training/ and validation/ in both")
+        self.masks = [os.path.join(masks, os.path.splitext(os.path.relpath(path, folder))[0] + ".png")
+                      for path in self.images]
+        for path in self.masks:
+            if not os.path.isfile(path):
+                raise BadInput(f"the mask {path} is missing: add it, or take its image away")
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, path = read_rgb(self.images[index]), self.masks[index]
+        try:
+            with Image.open(path) as file:
+                mask = np.array(file)
+        except Exception as error:
+            raise BadInput(f"cannot read the mask {path} ({' '.join(str(error).split())}): "
+                           "repair or delete it, then run again") from None
+        if mask.shape != image.size[::-1]:
+            raise BadInput(f"the mask {path} is {mask.shape}, its image {image.size[::-1]} high and wide: "
+                           "make them one size, and masks of one channel")
+        if mask.max() > self.num_classes:
+            raise BadInput(f"the mask {path} has the label {mask.max()}, above --num_classes "
+                           f"{self.num_classes}: raise that, or set the pixels to 0, unlabelled")
+        return image, tv_tensors.Mask(mask.astype(np.int32))
+
+
 # ---------------------------------------------------------------- transforms and order
 
 def pretrain_transform(img_size):
@@ -174,10 +261,37 @@ def pretrain_transform(img_size):
                        v2.Normalize(MEAN, STD)])
 
 
-def center_transform(img_size):
-    """PIL image -> (3, img_size, img_size): the short side resized, the centre cut out."""
-    return v2.Compose([v2.Resize(img_size, interpolation=BICUBIC), v2.CenterCrop(img_size),
+def center_transform(img_size, crop_ratio=1.0):
+    """PIL image -> (3, img_size, img_size): short side to img_size / crop_ratio, the centre cut out."""
+    return v2.Compose([v2.Resize(int(img_size / crop_ratio), interpolation=BICUBIC), v2.CenterCrop(img_size),
                        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def finetune_transform(img_size, randaug, erasing):
+    """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
+
+    Differs from the paper: torchvision's RandAugment takes two operations at one fixed strength; the papers'
+    (timm's) leaves each out with probability 0.5 and spreads the strength with standard deviation 0.5.
+    """
+    # Decision: 8 % of a CIFAR picture are 9 x 9 pixels; small pictures keep more.
+    scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
+    steps = [v2.RandomResizedCrop(img_size, scale=scale, interpolation=BICUBIC), v2.RandomHorizontalFlip()]
+    if randaug:
+        # Strength s of 10 is the bin s of 11; torchvision's default of 31 bins would make 9 a strength of 3.
+        steps.append(v2.RandAugment(2, randaug, num_magnitude_bins=11, interpolation=BICUBIC, fill=GRAY))
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return v2.Compose(steps + ([v2.RandomErasing(erasing, value="random")] if erasing else []))
+
+
+def segment_transform(img_size, train):
+    """PIL image, Mask -> (3, H, W), (H, W) int64. Training: short side img_size x U(0.5, 2), a crop of
+    img_size x img_size (padding is unlabelled), flip, colours shifted; else the whole image as it is.
+    """
+    jitter = [v2.RandomResize(img_size // 2, img_size * 2 + 1),
+              v2.RandomCrop(img_size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": GRAY}),
+              v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()] if train else []
+    types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+    return v2.Compose(jitter + [v2.ToImage(), v2.ToDtype(types, scale=True), v2.Normalize(MEAN, STD)])
 
 
 def fixed_images(dataset, img_size, count=256):
@@ -188,7 +302,7 @@ def fixed_images(dataset, img_size, count=256):
 
 
 class Transformed(Dataset):
-    """(transform(image), label), with random numbers that depend on (seed, epoch, index) and nothing else:
+    """transform(image, label), with random numbers that depend on (seed, epoch, index) and nothing else:
     not on the number of workers or processes, nor on where a run was killed and resumed.
 
     Its keys are the pairs (epoch, index) that EpochSampler gives.
@@ -197,12 +311,15 @@ class Transformed(Dataset):
     def __init__(self, dataset, transform, seed):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
+    def __len__(self):
+        return len(self.dataset)
+
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(self.seed, epoch, index))
-            return self.transform(image), label
+            return self.transform(image, label)
 
 
 class EpochSampler(DistributedSampler):
@@ -212,6 +329,23 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self):
         return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
+
+
+class RepeatingSampler(EpochSampler):
+    """Repeated augmentation (Hoffer et al., 2019): each picture `repeats` times in a row, other crops.
+
+    As in DeiT, the copies go to different processes and into one batch, and an epoch stays as long as
+    without: it sees a share 1 / repeats of the pictures.
+    """
+
+    repeats = 3
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)
+        for i in range(self.rank + self.skip * self.num_replicas, self.total_size, self.num_replicas):
+            copy, index = i % self.repeats, order[i // self.repeats].item()
+            yield self.epoch * self.repeats + copy, index            # the copies differ in the seed's "epoch"
 
 
 def denormalize(images):

@@ -9,6 +9,7 @@ Every backbone has the same two methods and two numbers:
 ViT uses timm's parameter names and ResNet torchvision's, so that weights move in both directions;
 ConvNeXt-T and Swin-T are torchvision's own classes with the classifier taken off.
 """
+import math
 import os
 import pickle
 import warnings
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import convnext, swin_transformer
+from torchvision.ops import StochasticDepth
 
 
 # ---------------------------------------------------------------- Vision Transformer
@@ -30,6 +32,24 @@ def sincos_2d(dim, grid_size):
     y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
     x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega                       # (N, dim/4) each
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]    # (1, N, dim)
+
+
+def resize_pos_embed(pos_embed, grid_size):
+    """A ViT's position embedding for another image size: (1, 1 + N, dim) -> (1, 1 + grid_size ** 2, dim).
+
+    The patches' entries, a square grid, are interpolated (bicubic with antialiasing, as timm does it); the
+    class token's entry, the first, stays.
+    """
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+    side = round(grid.shape[1] ** 0.5)
+    grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()             # (1, dim, side, side)
+    grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=True)
+    return torch.cat([cls.float(), grid.flatten(2).transpose(1, 2)], dim=1)        # (1, 1 + M, dim)
+
+
+def drop_path(rate):
+    """Stochastic depth (Huang et al., 2016): while training, an image skips the branch at this rate."""
+    return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
 
 
 class PatchEmbed(nn.Module):
@@ -77,33 +97,37 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, drop_rate=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
+        self.drop_path = drop_path(drop_rate)
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021), pre-norm, with a class token.
 
     pool: "cls" or "mean" (of the patch tokens). pos_embed: "sincos" (fixed; its class token entry is
-    zero) or "learned". Initialised as MAE does: xavier-uniform linear layers, normal 0.02 for the rest.
+    zero) or "learned". drop_rate: of stochastic depth in the last block, from 0 in the first on linearly.
+    Initialised as MAE does: xavier-uniform linear layers, normal 0.02 for the rest.
     """
 
-    def __init__(self, dim, depth, heads, img_size=224, patch_size=16, pool="cls", pos_embed="sincos"):
+    def __init__(self, dim, depth, heads, img_size=224, patch_size=16, pool="cls", pos_embed="sincos",
+                 drop_rate=0.0):
         super().__init__()
         self.width, self.stride, self.pool = dim, patch_size, pool
         grid_size = img_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid_size ** 2, dim), pos_embed == "learned")
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        rates = torch.linspace(0, drop_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
         for module in self.modules():
@@ -116,8 +140,8 @@ class ViT(nn.Module):
         else:
             self.pos_embed.data[:, 1:] = sincos_2d(dim, grid_size)
 
-    def forward_tokens(self, images, pos_embed=None, keep=None):
-        """(B, 3, H, W) -> (B, 1 + M, dim), normalised, the class token first.
+    def forward_tokens(self, images, pos_embed=None, keep=None, norm=True):
+        """(B, 3, H, W) -> (B, 1 + M, dim), the class token first; norm: through the last LayerNorm.
 
         keep: (B, M) int64, the patches that enter; None: all N, in raster order.
         pos_embed: (B, M, dim), used for those patches in place of the model's own (not for the class token).
@@ -125,16 +149,16 @@ class ViT(nn.Module):
         x = self.patch_embed(images)                                               # (B, N, dim)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))           # (B, M, dim)
-        return self.encode(x, pos_embed)
+        return self.encode(x, pos_embed, norm)
 
-    def encode(self, x, pos_embed=None):
-        """Embedded patches (B, M, dim) -> (B, 1 + M, dim): positions, class token, blocks, normalisation."""
+    def encode(self, x, pos_embed=None, norm=True):
+        """Embedded patches (B, M, dim) -> (B, 1 + M, dim): positions, class token, blocks, LayerNorm."""
         x = x + (self.pos_embed[:, 1:] if pos_embed is None else pos_embed)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, dim)
         x = torch.cat([cls, x], dim=1)                                             # (B, 1 + M, dim)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x) if norm else x
 
     def forward(self, images, pos_embed=None, keep=None):
         x = self.forward_tokens(images, pos_embed, keep)
@@ -154,14 +178,14 @@ def norm_layer(kind, channels):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (carries the stride), 1x1 to four times the width, around a shortcut."""
+    """1x1, 3x3 (carries stride and dilation), 1x1 to four times the width, around a shortcut."""
 
-    def __init__(self, in_channels, width, stride, norm):
+    def __init__(self, in_channels, width, stride, norm, dilation=1, drop_rate=0.0):
         super().__init__()
         out_channels = 4 * width
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm_layer(norm, width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm_layer(norm, width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm_layer(norm, out_channels)
@@ -169,11 +193,12 @@ class Bottleneck(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             norm_layer(norm, out_channels))
+        self.drop_path = drop_path(drop_rate)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
+        y = self.drop_path(self.bn3(self.conv3(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -181,23 +206,29 @@ class ResNet(nn.Module):
     """ResNet (He et al., 2016) of bottleneck blocks, the stride on the 3x3 convolution as in torchvision.
 
     width: channels of the stem; 2x and 4x widen every layer, as SimCLR does. small_images: a 3x3 stem of
-    stride 1 without pooling (stride 8 in all instead of 32). norm: "batch" or "group".
+    stride 1 without pooling (stride 8 in all instead of 32). norm: "batch" or "group". drop_rate: of
+    stochastic depth in the last block, from 0 in the first on linearly. dilated: the last stages dilate their
+    kernels instead of striding, as torchvision does it, until the stride in all is 8 (for segmentation).
     """
 
-    def __init__(self, layers, width, norm="batch", small_images=False):
+    def __init__(self, layers, width, norm="batch", small_images=False, drop_rate=0.0, dilated=False):
         super().__init__()
-        self.width, self.stride = 32 * width, 8 if small_images else 32
+        self.width, self.stride = 32 * width, 8 if small_images or dilated else 32
         self.conv1 = nn.Conv2d(3, width, 3 if small_images else 7, 1 if small_images else 2,
                                padding=1 if small_images else 3, bias=False)
         self.bn1 = norm_layer(norm, width)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
-        in_channels = width
+        in_channels, dilation = width, 1
+        rates = torch.linspace(0, drop_rate, sum(layers), device="cpu").tolist()
         for i, depth in enumerate(layers):
             blocks = []
+            dilate = dilated and not small_images and i >= 2
             for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(Bottleneck(in_channels, width * 2 ** i, stride, norm))
+                stride = 2 if i > 0 and j == 0 and not dilate else 1
+                blocks.append(Bottleneck(in_channels, width * 2 ** i, stride, norm, dilation, rates.pop(0)))
                 in_channels = 4 * width * 2 ** i
+                if dilate and j == 0:      # it stands in for the stride: from the next block on
+                    dilation *= 2
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
 
         for module in self.modules():
@@ -215,13 +246,14 @@ class ResNet(nn.Module):
 # ---------------------------------------------------------------- torchvision's ConvNeXt-T and Swin-T
 
 class ConvNeXtT(convnext.ConvNeXt):
-    """torchvision's convnext_tiny without its last linear layer and without stochastic depth."""
+    """torchvision's convnext_tiny without its last linear layer."""
 
     width, stride = 768, 32
 
-    def __init__(self):
+    def __init__(self, drop_rate=0.0):
         Stage = convnext.CNBlockConfig
-        super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)])
+        super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)],
+                         stochastic_depth_prob=drop_rate)
         self.classifier[2] = nn.Identity()
 
     def forward_map(self, images):
@@ -229,13 +261,13 @@ class ConvNeXtT(convnext.ConvNeXt):
 
 
 class SwinT(swin_transformer.SwinTransformer):
-    """torchvision's swin_t without its head and without stochastic depth."""
+    """torchvision's swin_t without its head."""
 
     width, stride = 768, 32
 
-    def __init__(self):
+    def __init__(self, drop_rate=0.0):
         super().__init__(patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                         window_size=[7, 7], stochastic_depth_prob=0.0)
+                         window_size=[7, 7], stochastic_depth_prob=drop_rate)
         self.head = nn.Identity()
 
     def forward_map(self, images):
@@ -424,11 +456,41 @@ MODELS = {
 }
 
 
-def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch"):
-    """The backbone named `model` (a key of MODELS). ViTs take the next four arguments, ResNets `norm`."""
+def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch",
+                drop_rate=0.0, dilated=False):
+    """The backbone named `model` (a key of MODELS). ViTs take the next four arguments, ResNets `norm` and
+    `dilated`, all of them `drop_rate`."""
     cls, options = MODELS[model]
     if cls is ViT:
         options = dict(options, img_size=img_size, patch_size=patch_size, pool=pool, pos_embed=pos_embed)
     if cls is ResNet:
-        options = dict(options, norm=norm)
-    return cls(**options)
+        options = dict(options, norm=norm, dilated=dilated)
+    return cls(**options, drop_rate=drop_rate)
+
+
+HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "mask_token")
+
+
+def load_weights(backbone, weights):
+    """Loads a state dict in the names of timm (ViT), MAE or torchvision; -> its keys of a head, left behind.
+
+    The position embedding is resized where the image size differs. ValueError says which other key is
+    missing, unknown or of another shape.
+    """
+    own, weights = backbone.state_dict(), dict(weights)
+    if "pos_embed" in own and "pos_embed" in weights and weights["pos_embed"].ndim == 3:
+        N, side = (math.isqrt(state["pos_embed"].shape[1] - 1) for state in (weights, own))
+        if N != side and N ** 2 + 1 == weights["pos_embed"].shape[1]:
+            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], side)
+    left = [key for key in weights if key not in own and key.startswith(HEADS)]
+    optional = ("num_batches_tracked",)  # not in old files
+    if "fc_norm.weight" in weights:      # timm's and MAE's classifiers of patch means have no last norm
+        optional += ("norm.weight", "norm.bias")
+    wrong = [f"has no {key}" for key in own if key not in weights and not key.endswith(optional)]
+    wrong += [f"has {key}" for key in weights if key not in own and key not in left]
+    wrong += [f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+              for key in own if key in weights and weights[key].shape != own[key].shape]
+    if wrong:
+        raise ValueError(", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    backbone.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+    return left

@@ -1,7 +1,12 @@
 """pytest: on a CPU, without network, in minutes. The real scripts run at toy size, two processes included."""
+import argparse
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,8 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 import cim_pretrain
 import data
 import energy_pretrain
+import finetune
 import models
 
+SCRIPTS = ("energy_pretrain.py", "cim_pretrain.py", "finetune.py")
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--model", "vit_nano", "--img_size", "16", "--patch_size", "4", "--batch_size", "16", "--lr", "1e-3",
         "--num_workers", "2", "--device", "cpu"]
@@ -496,6 +503,362 @@ def test_infinite_loss_and_unreadable_image_are_one_sentence(folder, tmp_path):
     assert str(broken) in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+# ---------------------------------------------------------------- fine-tuning
+
+FAST = ["--batch_size", "8", "--lr", "1e-3", "--num_workers", "0", "--device", "cpu"]
+
+
+def run_here(script, *flags):
+    """script.main() in this process, which is faster than in another; -> its last line."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        script.main()
+    return out.getvalue().splitlines()[-1]
+
+
+def fine_tune(*flags):
+    return run_here(finetune, *FAST, *flags)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Three classes: 24 pictures to train on, and 37 held out, which neither 2 nor 3 processes divide."""
+    root = tmp_path_factory.mktemp("labelled")
+    for split, length in (("train", 24), ("val", 37)):
+        shapes = data.Shapes(split == "train", 20)
+        for i in range(length):
+            (root / split / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+            shapes[10 * i + i % 3][0].save(root / split / "abc"[i % 3] / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Images of different sizes with masks of their grey levels, 0 = unlabelled to 3, in ADE20K's layout."""
+    root = tmp_path_factory.mktemp("masked")
+    for split, length in (("training", 8), ("validation", 5)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(length):
+            image = data.Shapes(True, 40)[i][0].crop((0, 0, 40, 20 + i))
+            image.save(root / "images" / split / f"{i}.png")
+            mask = np.array(image.convert("L")) // 64
+            mask[:3] = 0
+            Image.fromarray(mask).save(root / "annotations" / split / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(labelled, masked, tmp_path_factory):
+    """What energy_pretrain.py wrote after a step, fine-tuned with no flag of the model repeated."""
+    root = tmp_path_factory.mktemp("trained")
+    run("energy_pretrain.py", *TINY, "--data", labelled, "--max_steps", 1, "--output_dir", root / "energy")
+    run("finetune.py", *FAST, "--init", root / "energy/backbone.pt", "--data", labelled, "--epochs", 2,
+        "--output_dir", root / "classify")
+    fine_tune("--init", root / "energy/checkpoint.pt", "--task", "segment", "--num_classes", 3,
+              "--img_size", 16, "--data", masked, "--epochs", 2, "--output_dir", root / "segment")
+    return root
+
+
+def test_scripts_share_their_blocks():
+    def block(name):
+        with open(os.path.join(HERE, name)) as file:
+            text = file.read()
+        return text[text.index("- the same, to the letter, in all scripts\n"):text.index("- the loop\n")]
+    assert len(block(SCRIPTS[0])) > 4000 and len({block(name) for name in SCRIPTS}) == 1
+
+
+def test_recipes_are_the_papers(monkeypatch):
+    def resolved(*flags, **found):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+        args = finetune.parse_args()
+        finetune.resolve(args, found)
+        return args
+    names = ("epochs lr batch_size weight_decay layer_decay warmup_epochs clip_grad drop_path "
+             "label_smoothing mixup cutmix randaug erasing repeats loss img_size test_size "
+             "crop_ratio").split()
+    vit, rsb, big = (5, 0, .1, .1, .8, 1, 9, .25, 1, "ce", 224, 224), (.012, 2048), ("bce", 224, 224)
+    for flags, values in [
+            ("vit_s", (200, 1e-3, 1024, .05, .75, *vit, .875)),
+            ("vit_b", (100, 1e-3, 1024, .05, .75, *vit, .875)),
+            ("vit_l", (50, 1e-3, 1024, .05, .75, *vit, .875)),
+            ("vit_s --recipe cim", (200, 3e-3, 1024, .05, .8, *vit, .95)),
+            ("vit_b --recipe cim", (100, 3e-3, 1024, .05, .8, *vit, .95)),
+            ("resnet50", (100, *rsb, .02, 1, 5, 0, 0, .1, .1, 1, 6, 0, 1, "bce", 160, 224, .95)),
+            ("resnet50 --epochs 300", (300, *rsb, .02, 1, 5, 0, 0, 0, .1, 1, 7, 0, 3, *big, .95)),
+            ("resnet50 --epochs 600", (600, *rsb, .01, 1, 5, 0, .05, .1, .2, 1, 7, 0, 3, *big, .95))]:
+        args = resolved("--model", *flags.split())
+        assert tuple(getattr(args, name) for name in names) == values, flags
+    args = resolved("--batch_size", 512, "--mixup", 0, "--epochs", 10, model="vit_b", img_size=32)
+    assert (args.model, args.lr, args.mixup, args.cutmix, args.warmup_epochs) == ("vit_b", 5e-4, 0, 1, 2)
+    assert (args.img_size, args.test_size, args.crop_ratio) == (32, 32, 1)
+    for model, values in (("vit_b", (127, 512, 3e-4, .8, 16, 1)), ("resnet50", (64, 512, 1e-2, 1, 16, .9))):
+        args = resolved("--task", "segment", model=model, img_size=224)
+        assert (args.epochs, args.img_size, args.lr, args.layer_decay, args.batch_size, args.power) == values
+    randaug = data.finetune_transform(224, 9, 0.25).transforms[2]
+    angles = randaug._AUGMENTATION_SPACE["Rotate"][0](randaug.num_magnitude_bins, 224, 224)
+    assert angles[randaug.magnitude] == pytest.approx(27) and angles[-1] == 30        # 9 of 10
+
+
+def test_schedules():
+    rate = [finetune.learning_rate(step, 110, 10, 1.0, 1e-6) for step in range(111)]
+    assert rate[0] == 0.1 and rate[9] == rate[10] == 1 and rate[110] == 1e-6
+    assert rate[60] == pytest.approx((1 + 1e-6) / 2)
+    rate = [finetune.poly_rate(step, 110, 10, 1.0, 0.9) for step in range(111)]
+    assert rate[0] == 0.1 and rate[9] == rate[10] == 1 and rate[110] == 0 and rate[60] == 0.5 ** 0.9
+
+
+def test_layer_decay_and_no_decay():
+    model = finetune.Classifier(tiny_vit(pos_embed="learned"), 3)
+    names = {param: name for name, param in model.named_parameters()}
+    found = {names[param]: (group["lr_scale"], group["weight_decay"])
+             for group in finetune.layer_groups(model, 0.05, 0.75) for param in group["params"]}
+    assert set(names.values()) - set(found) == {"backbone.norm.weight", "backbone.norm.bias"}  # not in use
+    for name, (scale, decay) in found.items():
+        layer = 3 if name.startswith("head") else int(name.split(".")[2]) + 1 if ".blocks." in name else 0
+        assert scale == 0.75 ** (3 - layer), name
+        kernel = name.endswith("weight") and "norm" not in name and name != "head.0.weight"
+        assert decay == (0.05 if kernel else 0), name
+    groups = finetune.layer_groups(finetune.Classifier(models.build_model("resnet_nano"), 3), 0.02, 1.0)
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.02), (1, 0)]
+
+
+def test_position_embeddings_of_another_size():
+    """Smooth pictures at twice the size, in four times as many patches: the features stay close."""
+    torch.manual_seed(0)
+    small, large = (models.ViT(48, 2, 3, img_size=size, patch_size=4) for size in (32, 64))
+    assert models.load_weights(large, small.state_dict()) == []
+    images = F.interpolate(torch.randn(8, 3, 4, 4), size=(64, 64), mode="bicubic")
+    half = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
+
+    def distance(model):  # mean square, over that of two pictures
+        expected = small.forward_map(half)
+        error = (F.avg_pool2d(model.forward_map(images), 2) - expected).square().mean()
+        return (error / (expected[:4] - expected[4:]).square().mean()).item()
+    close = distance(large)
+    large.pos_embed.data[:, 1:] = large.pos_embed[:, 1:].unflatten(1, (16, 16)).transpose(1, 2).flatten(1, 2)
+    assert close < 0.05 and distance(large) > 10 * close              # x and y exchanged
+    torch.testing.assert_close(models.resize_pos_embed(small.pos_embed, 8), small.pos_embed)
+
+
+def test_every_key_is_accounted_for():
+    for ours, theirs, head in (("resnet50", "resnet50", "fc"), ("swin_t", "swin_t", "head"),
+                               ("convnext_t", "convnext_tiny", "classifier.2")):
+        ours, theirs = models.build_model(ours).eval(), getattr(torchvision.models, theirs)().eval()
+        assert models.load_weights(ours, theirs.state_dict()) == [head + ".weight", head + ".bias"]
+        theirs.set_submodule(head, nn.Identity())
+        image = torch.ones(1, 3, 64, 64)
+        torch.testing.assert_close(ours(image), theirs(image))
+    own = tiny_vit().state_dict()
+    mae = own | {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(1)}
+    assert models.load_weights(tiny_vit(), mae) == ["mask_token", "decoder_embed.weight"]
+    averaged = {key: value for key, value in own.items() if not key.startswith("norm.")}
+    averaged_with_its_norm = averaged | {"fc_norm.weight": torch.ones(16)}
+    assert models.load_weights(tiny_vit(), averaged_with_its_norm) == ["fc_norm.weight"]
+    for weights, problem in ((averaged, "^has no norm.weight, has no norm.bias$"),
+                             (own | {"surprise": torch.zeros(1)}, "^has surprise$"),
+                             (own | {"cls_token": torch.zeros(1, 1, 8)},
+                              r"^has cls_token of shape \(1, 1, 8\), not \(1, 1, 16\)$")):
+        with pytest.raises(ValueError, match=problem):
+            models.load_weights(tiny_vit(), weights)
+
+
+def test_dilation_is_torchvisions_and_drop_path_linear():
+    ours = models.build_model("resnet50", dilated=True).eval()
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    models.load_weights(ours, theirs.state_dict())
+    theirs.fc, image = nn.Identity(), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(image), theirs(image))
+    assert ours.forward_map(image).shape == (1, 2048, 8, 8)
+    for name, count in (("vit_nano", 4), ("resnet_nano", 4), ("convnext_t", 18), ("swin_t", 12)):
+        model = models.build_model(name, 32, 4, drop_rate=0.3)
+        paths = [path for module in model.modules() for path in
+                 (getattr(module, "drop_path", None), getattr(module, "stochastic_depth", None)) if path]
+        rates = [getattr(path, "p", 0) for path in paths]
+        assert rates == pytest.approx(np.linspace(0, 0.3, count).tolist())
+    with torch.no_grad():  # equal pictures differ by what they skip
+        pictures = torch.ones(64, 3, 32, 32)
+        vit = models.build_model("vit_nano", 32, 4, drop_rate=0.3)
+        assert len(vit(pictures).round(decimals=3).unique(dim=0)) > 4
+        assert len(vit.eval()(pictures).round(decimals=3).unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("probe,layers", [("linear", 1), ("mlp", 3)])
+def test_probes_leave_the_backbone_alone(probe, layers):
+    model = finetune.Classifier(models.build_model("resnet_nano", norm="batch"), 3, probe).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(finetune.layer_groups(model, 0.0, 1.0), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(8, 3, 16, 16), torch.arange(8) % 3).backward()
+        optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert sum(isinstance(module, nn.Linear) for module in model.head) == layers
+    assert changed == {key for key in before if key.startswith("head.")}
+
+
+def test_losses():
+    torch.manual_seed(0)
+    model, images = finetune.Classifier(tiny_vit(), 4, label_smoothing=0.1), torch.randn(6, 3, 16, 16)
+    assert 1e-5 < model.head[1].weight.abs().max() < 1e-4             # a thousandth of the usual
+    nn.init.normal_(model.head[1].weight)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    targets = F.one_hot(labels, 4) * 0.9 + 0.1 / 4
+    p, q = model.logits(images).softmax(dim=1), model.logits(images).sigmoid()
+    torch.testing.assert_close(model(images, labels), -(targets * p.log()).sum(dim=1).mean())
+    model.loss = "bce"
+    expected = -(targets * q.log() + (1 - targets) * (1 - q).log()).mean()
+    torch.testing.assert_close(model(images, labels), expected)
+    torch.testing.assert_close(model(images, F.one_hot(labels, 4).float()), expected)
+
+
+def test_few_labels_and_repeated_augmentation():
+    targets = [0] * 200 + [1] * 100 + [2] * 3
+    few = data.few_labels(targets, 0.1, seed=1)
+    assert np.bincount(np.array(targets)[few]).tolist() == [20, 10, 1] and len(set(few)) == 31
+    assert few == data.few_labels(targets, 0.1, seed=1) != data.few_labels(targets, 0.1, seed=2)
+
+    def epoch(rank, world, skip=0):
+        sampler = data.RepeatingSampler(range(40), world, rank, seed=3, drop_last=True)
+        sampler.set_epoch(2)
+        sampler.skip = skip
+        return list(sampler)
+    keys = epoch(0, 1)
+    assert keys == [key for pair in zip(epoch(0, 2), epoch(1, 2)) for key in pair]
+    assert len(keys) == len(set(keys)) == 40 and epoch(0, 1, skip=7) == keys[7:]
+    assert len({index for _, index in keys}) == 14 and keys[0][1] == keys[1][1] == keys[2][1] != keys[3][1]
+
+
+def test_miou_is_the_slow_one(masked):
+    torch.manual_seed(0)
+    model = finetune.Segmenter(tiny_vit(), 3, img_size=16).eval()
+    views = data.Transformed(data.Segmentation(masked, False, 3), data.segment_transform(16, False), 0)
+    counts, inside, union = 0, [0, 0, 0], [0, 0, 0]
+    for i in range(len(views)):
+        image, mask = views[0, i]
+        assert image.shape[1:] == mask.shape
+        counts = counts + model.count(image[None], mask[None])
+        prediction = model.predict(image[None])[0].argmax(dim=0) + 1
+        for truth, guess in zip(mask.flatten().tolist(), prediction.flatten().tolist()):
+            for c in (1, 2, 3):
+                inside[c - 1] += truth == guess == c
+                union[c - 1] += truth > 0 and c in (truth, guess)
+    expected = 100 * np.mean([a / b for a, b in zip(inside, union) if b])
+    assert model.summary(counts)["miou"] == pytest.approx(expected, abs=1e-3) and 0 < expected < 100
+    image, mask = image[None, :, :16, :16], mask[None, :16, :16]      # unlabelled pixels count nowhere
+    cut = torch.cat([torch.zeros_like(mask[:, :8]), mask[:, 8:]], dim=1)
+    expected = F.cross_entropy(model.logits(image)[:, :, 8:], cut[:, 8:] - 1)
+    torch.testing.assert_close(model(image, cut), expected)
+    assert model.count(image, cut)[:-1].sum() == (mask[:, 8:] > 0).sum() > 0
+
+
+def test_fine_tuning_writes_and_evaluates(trained, labelled):
+    log = read_log(trained / "classify")
+    assert {"top1", "top5", "val_loss", "loss", "lr", "img_per_s", "best_top1"} <= set(log[2])
+    assert log[0]["model"] == "vit_nano" and log[0]["img_size"] == 16 and log[2]["top5"] == 100
+    measured = fine_tune("--eval_only", "--init", trained / "classify/checkpoint.pt", "--data", labelled)
+    assert json.loads(measured) == {"images": 37} | {key: log[2][key] for key in ("top1", "top5", "val_loss")}
+    assert Image.open(trained / "segment/samples/epoch_0002.png").size == (3 * 42 + 2, 4 * 22 + 2)
+    before, after = weights(trained / "energy", "backbone.pt"), weights(trained / "classify", "backbone.pt")
+    assert set(before) == set(after) and not torch.equal(before["pos_embed"], after["pos_embed"])
+
+
+def _finetune_worker(rank, world, port, folder, jobs):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    for i, flags in enumerate(jobs):
+        with open(f"{folder}/{world}_{i}_{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+            sys.argv = ["finetune.py", *FAST, *map(str, flags)]
+            finetune.main()
+
+
+def test_processes_agree(trained, labelled, masked, tmp_path):
+    """1, 2, 3 processes measure the same to the last digit; 1 and 2 train the same, up to rounding."""
+    jobs = [["--eval_only", "--init", trained / "classify/checkpoint.pt", "--data", labelled],
+            ["--eval_only", "--init", trained / "segment/checkpoint.pt", "--data", masked]]
+    train = ["--data", labelled, "--model", "vit_nano", "--img_size", 16, "--patch_size", 4, "--epochs", 2,
+             "--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--output_dir"]
+    for world in (2, 3):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        more = [[*train, tmp_path / "two"]] if world == 2 else []
+        mp.spawn(_finetune_worker, (world, port, tmp_path, jobs + more), nprocs=world)
+        for i, job in enumerate(jobs):
+            assert (tmp_path / f"{world}_{i}_0.txt").read_text().strip() == fine_tune(*job)
+    fine_tune(*train, tmp_path / "one")
+    fine_tune(*train, tmp_path / "parts", "--accum_steps", 2)
+    one = weights(tmp_path / "one")
+    for other in ("two", "parts"):
+        for key, value in weights(tmp_path / other).items():
+            torch.testing.assert_close(value, one[key], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "vit_nano", "--patch_size", 4],
+    ["--model", "resnet_nano", "--epochs", 300, "--drop_path", 0.2],  # BatchNorm, repeated augmentation
+    ["--model", "resnet_nano", "--task", "segment", "--num_classes", 3]])
+def test_fine_tuning_resumes_bit_identically(flags, labelled, masked, tmp_path):
+    flags += ["--img_size", 16, "--data", masked if "segment" in flags else labelled, "--num_workers", 2]
+    stop = 2 if "segment" in flags else 4                             # 1 step an epoch, or 3
+    fine_tune(*flags, "--output_dir", tmp_path / "whole", "--max_steps", 6)
+    fine_tune(*flags, "--output_dir", tmp_path / "stopped", "--max_steps", stop)
+    fine_tune(*flags, "--output_dir", tmp_path / "stopped", "--max_steps", 6, "--resume")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    first, last = read_log(tmp_path / "whole")[-1], read_log(tmp_path / "stopped")[-1]
+    assert all(first[key] == last[key] for key in first if key.startswith(("top", "miou", "val", "best")))
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--init", "nowhere.pt"], "--init nowhere.pt is missing, damaged or no file of weights"),
+    (["--init", "TMP/text.pt"], "text.pt is missing, damaged or no file of weights"),
+    (["--model", "vit_t"], "does not fit --model vit_t"),
+    (["--model", "resnet_nano"], "it has no conv1.weight"),
+    (["--patch_size", 8], "has patch_embed.proj.weight of shape (96, 3, 4, 4), not (96, 3, 8, 8)"),
+    (["--eval_only"], "--eval_only measures a checkpoint.pt of finetune.py"),
+    (["--img_size", 18], "--img_size 18 is not a multiple of --patch_size 4"),
+    (["--label_fraction", 1.5], "--label_fraction 1.5: must be above 0"),
+    (["--label_fraction", 0.1], "has 3 training pictures, fewer than --batch_size 8"),
+    (["--batch_size", 9, "--accum_steps", 2], "--batch_size 9 is not a multiple of 1 processes x 2"),
+    (["--data", "TMP/differ"], "classes differ (3 and 2, only here or there: c; none)"),
+    (["--data", "nowhere"], "--data nowhere has no folder train"),
+    (["--init", "DONE", "--eval_only", "--data", "TMP/two"], "classes differ (2 and 3, only here or there: "),
+    (["--task", "segment", "--probe", "linear"], "--probe and --label_fraction are for --task classify"),
+    (["--task", "segment", "--data", "nowhere"], "no image files in nowhere/images/training"),
+    (["--task", "segment", "--data", "MASKED", "--num_classes", 2], "has the label 3, above --num_classes 2"),
+    (["--task", "segment", "--data", "TMP/sizes"], ".png is (7, 9), its image (2"),
+])
+def test_bad_input_to_fine_tuning(flags, sentence, trained, labelled, masked, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.pt").write_text("a web page")
+    for path in ("differ/train/abc", "differ/val/ab", "two/train/ab", "two/val/ab"):
+        name, split, classes = path.split("/")
+        (tmp_path / name / split).mkdir(parents=True)
+        for c in classes:
+            (tmp_path / name / split / c).symlink_to(labelled / split / c)
+    shutil.copytree(masked, tmp_path / "sizes")
+    for path in (tmp_path / "sizes/annotations/training").iterdir():
+        Image.new("L", (9, 7)).save(path)
+    for word, path in (("TMP", tmp_path), ("MASKED", masked), ("DONE", trained / "classify/checkpoint.pt")):
+        flags = [str(flag).replace(word, str(path)) for flag in flags]
+    flags = ["--init", trained / "energy/backbone.pt", "--data", labelled, "--epochs", 1, "--output_dir",
+             tmp_path / "out", *(["--img_size", 16] if "segment" in flags else []), *flags]
+    assert sentence in stops_with(monkeypatch, capsys, [*FAST, *flags], finetune)
+
+
+def test_init_files_of_others(labelled, tmp_path):
+    """MAE's file with its arguments, DDP's prefix and another image size, probed: it stays as it is."""
+    vit = models.build_model("vit_nano", 32, 4)
+    state = {"module." + key: value for key, value in vit.state_dict().items()}
+    state["module.mask_token"] = torch.ones(1, 1, 96)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "mae.pth")
+    fine_tune("--init", tmp_path / "mae.pth", "--model", "vit_nano", "--patch_size", 4, "--img_size", 16,
+              "--data", labelled, "--epochs", 1, "--probe", "mlp", "--output_dir", tmp_path / "out")
+    after, expected = weights(tmp_path / "out", "backbone.pt"), vit.state_dict()
+    expected["pos_embed"] = models.resize_pos_embed(vit.pos_embed, 4)
+    assert after.keys() == expected.keys() and all(torch.equal(after[key], expected[key]) for key in expected)
+
+
 # ---------------------------------------------------------------- DALL-E's dVAE
 
 class DallEConv2d(nn.Module):
@@ -734,16 +1097,10 @@ def test_cim_on_two_processes(folder, tmp_path):
     assert all(np.isfinite([line["loss"], line["gen_loss"], line["psnr_output"]]).all() for line in log[2:])
 
 
-def run_here(monkeypatch, *flags):
-    """cim_pretrain.main() in this process, which is faster than in another."""
-    monkeypatch.setattr(sys, "argv", ["cim_pretrain.py", *CIM_TINY, "--num_workers", "0", *map(str, flags)])
-    cim_pretrain.main()
-
-
-def test_cim_options_and_outputs(folder, tmp_path, monkeypatch, capsys):
-    flags = ["--data", folder, "--max_steps", 2]
-    run_here(monkeypatch, *flags, "--objective", "revdet", "--masking", "block", "--share", 0, "--output_dir",
-             tmp_path / "a")
+def test_cim_options_and_outputs(folder, labelled, tmp_path):
+    flags = [*CIM_TINY, "--num_workers", "0", "--data", folder, "--max_steps", 2]
+    run_here(cim_pretrain, *flags, "--objective", "revdet", "--masking", "block", "--share", 0,
+             "--output_dir", tmp_path / "a")
     log = read_log(tmp_path / "a")
     assert set(log[0]) == {"dvae_psnr", "dvae_codes_used"} and log[1]["objective"] == "revdet"
     assert {"gen_loss", "gen_acc", "replaced", "accuracy", "precision", "recall", "auc"} <= set(log[2])
@@ -751,19 +1108,25 @@ def test_cim_options_and_outputs(folder, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "a" / "samples" / "dvae.png").size == (2 * 98 + 2, 8 * 98 + 2)
     frozen = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["model"]
     # The generator of that run, kept as it is; its dVAE comes with it.
-    run_here(monkeypatch, *flags, "--freeze_generator", tmp_path / "a" / "checkpoint.pt", "--target", "patch",
-             "--amp", "bf16", "--output_dir", tmp_path / "b")
+    run_here(cim_pretrain, *flags, "--freeze_generator", tmp_path / "a" / "checkpoint.pt",
+             "--target", "patch", "--amp", "bf16", "--output_dir", tmp_path / "b")
     used = weights(tmp_path / "b")
     assert all(torch.equal(used[key], frozen[key]) for key in frozen if key.startswith("generator."))
     assert not all(torch.equal(used[key], frozen[key]) for key in frozen if key.startswith("backbone."))
     assert {"psnr_corrupted", "psnr_template", "psnr_output"} <= set(read_log(tmp_path / "b")[1])
-    run_here(monkeypatch, *flags, "--model", "resnet_nano", "--corrupt", "erase", "--target", "none", "--amp",
-             "fp16", "--accum_steps", 2, "--img_size", 32, "--output_dir", tmp_path / "c")
+    run_here(cim_pretrain, *flags, "--model", "resnet_nano", "--corrupt", "erase", "--target", "none",
+             "--amp", "fp16", "--accum_steps", 2, "--img_size", 32, "--output_dir", tmp_path / "c")
     backbone = torch.load(tmp_path / "c" / "backbone.pt", weights_only=True)
     assert {"mean", "std"} <= set(backbone["config"])
     config = {key: value for key, value in backbone["config"].items() if key not in ("mean", "std")}
     models.build_model(**config).load_state_dict(backbone["model"])
     assert "gen_acc" not in read_log(tmp_path / "c")[1] and not (tmp_path / "c" / "dvae.pt").exists()
+    # What they wrote is fine-tuned without a word about the model.
+    for file in ("a/checkpoint.pt", "c/backbone.pt"):
+        fine_tune("--init", tmp_path / file, "--data", labelled, "--max_steps", 1,
+                  "--output_dir", tmp_path / file[0] / "ft")
+    used, tuned = weights(tmp_path / "a", "backbone.pt"), weights(tmp_path / "a" / "ft", "backbone.pt")
+    assert used.keys() == tuned.keys() and all((tuned[key] - used[key]).abs().max() < 0.01 for key in used)
 
 
 def test_cim_bad_input(folder, tmp_path, monkeypatch, capsys):
