@@ -3,10 +3,10 @@
 Starts from what energy_pretrain.py or cim_pretrain.py wrote, or from a state dict in the names of timm, MAE
 or torchvision; with both papers' recipes (Wang et al., secs. A.1, B.4; Fang et al., tables 14, 15, sec. 3.2).
 
-    python finetune.py --init runs/energy_vit_nano/backbone.pt --batch_size 64 --epochs 5      # one process
+    python finetune.py --init runs/energy_vit_nano/backbone.pt --batch_size 32 --lr 2e-3 --epochs 2
     torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        finetune.py --init runs/cim_vit_b/backbone.pt --recipe cim --data /path/to/imagenet    # two nodes
+        finetune.py --init runs/cim_vit_b/backbone.pt --recipe cim --data /path/to/imagenet       # two nodes
 
 README.md says what was measured, and where. Copy this file with models.py and data.py and it runs elsewhere.
 """
@@ -93,7 +93,7 @@ def parse_args():
     g("--batch_size", type=int, help="images per optimizer step, over all processes")
     g("--accum_steps", type=int, default=1, help="parts to split a batch into when memory is short")
     g("--lr", type=float, help="peak learning rate; None: the recipe's, scaled with the batch size; small "
-      "models in runs of minutes want 2e-3 at 64")
+      "models in runs of minutes want 2e-3")
     g("--weight_decay", type=float, help="the optimizer's, on matrices and kernels only")
     g("--clip_grad", type=float, help="largest norm of the gradient; 0: no clipping")
     g("--max_steps", type=int, help="stop after so many optimizer steps (smoke runs, benchmarks)")
