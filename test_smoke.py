@@ -412,9 +412,11 @@ def test_script_processes_accumulation_and_outputs(folder, tmp_path):
 
 @pytest.mark.parametrize("script,flags", [
     ("energy_pretrain.py", []),
-    ("cim_pretrain.py", ["--dvae", "train", "--dvae_steps", "3", "--objective", "revdet"])])
-def test_killed_and_resumed_is_bit_identical(script, flags, folder, tmp_path):
-    flags = [*TINY, *flags, "--data", folder, "--epochs", "5", "--output_dir"]
+    ("cim_pretrain.py", ["--dvae", "train", "--dvae_steps", "3", "--objective", "revdet"]),
+    ("finetune.py", ["--batch_size", "8"])])
+def test_killed_and_resumed_is_bit_identical(script, flags, folder, labelled, tmp_path):
+    flags = [*TINY, *flags, "--epochs", "5", "--data", labelled if script == "finetune.py" else folder,
+             "--output_dir"]
     run(script, *flags, tmp_path / "whole")
     command = [sys.executable, os.path.join(HERE, script), *flags, tmp_path / "killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
