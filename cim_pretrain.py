@@ -609,6 +609,10 @@ def main():
                         persistent_workers=args.num_workers > 0, pin_memory=device.type == "cuda")
     val_images = data.fixed_images(val_set, args.img_size).to(device)
 
+    if rank == 0:
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        write_log(args.output_dir, vars(args) | versions | {"processes": world})
+
     # Tokenizer and model.
     dvae, golden = None, val_images.new_zeros(len(val_images), (args.img_size // args.patch_size) ** 2).long()
     if args.corrupt == "generator":
@@ -651,8 +655,6 @@ def main():
               f"{len(train_set)} pictures, {steps_per_epoch} steps an epoch; {device.type}, amp {dtype}; "
               f"batch {args.batch_size} = {world} processes x {args.batch_size // world // args.accum_steps} "
               f"x {args.accum_steps} accumulated; peak lr {args.lr:.3g}; from step {step}", flush=True)
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
 
     start_step, start_time, shown = step, time.time(), time.time()
     while step < last_step:
