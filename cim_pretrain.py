@@ -619,7 +619,7 @@ def main():
         dvae = load_dvae(args, crops, val_images, device, rank, world)
         golden = tokenize(dvae, val_images, args.patch_size)
     torch.manual_seed(args.seed)
-    model = build(args, dvae.config["codes"] if dvae else 0).to(device)
+    model = build(args, dvae.config["codes"] if dvae else 0).to(device, memory_format=torch.channels_last)
     config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
               "pool": "mean", "pos_embed": "learned", "norm": "batch"}
     run = config | {key: getattr(args, key) for key in ("objective", "corrupt", "dvae", "gen_depth", "share")}
@@ -637,7 +637,7 @@ def main():
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.98), fused=device.type == "cuda")
+                                  betas=(0.9, 0.98), fused=True)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

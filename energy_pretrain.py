@@ -406,7 +406,7 @@ def main():
     config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
               "pool": args.pool, "norm": "group"}
     backbone = models.build_model(**config)
-    model = EnergyModel(backbone, args.alpha).to(device)
+    model = EnergyModel(backbone, args.alpha).to(device, memory_format=torch.channels_last)
     corruptions, kinds = make_corruptions(args), MIX if args.corrupt == "mix" else (args.corrupt,)
     generator = torch.Generator(device).manual_seed(args.seed)
     unused = prepare(model, *start(args.corrupt, val_images[:8], generator, corruptions, backbone))
@@ -414,7 +414,7 @@ def main():
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.95), fused=device.type == "cuda")
+                                  betas=(0.9, 0.95), fused=True)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

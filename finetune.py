@@ -79,6 +79,8 @@ def parse_args():
     g("--recipe", choices=["energy", "cim", "rsb"], help="the paper's values for what stands below and for "
       "loss, repeated augmentation, test crop; None: rsb (three, by --epochs) for ResNets, else energy")
     g("--probe", choices=["linear", "mlp"], help="train one layer, or three, on the frozen backbone")
+    g("--head_norm", default="layer", choices=["layer", "batch"], help="normalises a ViT's patch mean before "
+      "the head; batch: any backbone's features, better in short runs (README)")
     g("--layer_decay", type=float, help="a ViT block's learning rate over the next one's")
     g("--drop_path", type=float, help="share of images that skip the last block, from 0 in the first on")
     g("--label_smoothing", type=float, help="share of the target spread over all classes")
@@ -146,8 +148,10 @@ def resolve(args, found):
     if is_vit and args.img_size % args.patch_size:
         sys.exit(f"error: --img_size {args.img_size} is not a multiple of --patch_size {args.patch_size}: "
                  "change either")
-    if segment and (args.probe or args.label_fraction < 1):
-        sys.exit("error: --probe and --label_fraction are for --task classify: leave them out")
+    if segment and (args.probe or args.label_fraction < 1 or args.head_norm == "batch"):
+        sys.exit("error: --probe, --label_fraction, --head_norm are for --task classify: leave them out")
+    if args.probe and args.head_norm == "batch":
+        sys.exit("error: --head_norm is for training the whole network, a --probe has its own: leave one out")
 
 
 def read_init(path):
@@ -172,7 +176,7 @@ def read_init(path):
 class Classifier(nn.Module):
     """A backbone and a new head: the whole trained, or with `probe` the head alone on frozen features."""
 
-    def __init__(self, backbone, num_classes, probe=None, loss="ce", label_smoothing=0.0):
+    def __init__(self, backbone, num_classes, probe=None, head_norm="layer", loss="ce", label_smoothing=0.0):
         super().__init__()
         self.backbone, self.num_classes, self.probe = backbone, num_classes, probe
         self.loss, self.label_smoothing = loss, label_smoothing
@@ -185,9 +189,12 @@ class Classifier(nn.Module):
             hidden = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
             self.head = nn.Sequential(nn.BatchNorm1d(width, affine=False),
                                       *(hidden if probe == "mlp" else ()), linear)
-        elif self.patch_mean:           # as BEiT and MAE: a new norm, of the mean, for the last one
-            backbone.norm.requires_grad_(False)
-            self.head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), linear)
+        elif self.patch_mean or head_norm == "batch":
+            if self.patch_mean:         # as BEiT and MAE: a new norm, of the patch mean, for the last one
+                backbone.norm.requires_grad_(False)
+            # batch: energy pretraining leaves ViTs one large vector in all features, which a LayerNorm keeps.
+            norm = nn.BatchNorm1d(width) if head_norm == "batch" else nn.LayerNorm(width, eps=1e-6)
+            self.head = nn.Sequential(norm, linear)
             nn.init.trunc_normal_(linear.weight, std=0.02 * 0.001)
             nn.init.zeros_(linear.bias)
         else:
@@ -503,8 +510,8 @@ def main():
 
     # Model. The position embedding is trainable now, also where it was fixed before (sec. A.1).
     config = {key: getattr(args, key) for key in ("model", "img_size", "patch_size", "pool", "norm")}
-    run = config | {key: getattr(args, key) for key in
-                    ("task", "num_classes", "probe", "loss", "label_smoothing", "test_size", "crop_ratio")}
+    run = config | {key: getattr(args, key) for key in ("task", "num_classes", "probe", "head_norm", "loss",
+                                                        "label_smoothing", "test_size", "crop_ratio")}
     backbone = models.build_model(**config, drop_rate=args.drop_path or 0.0, dilated=segment)
     if weights and not args.eval_only:
         try:
@@ -515,7 +522,7 @@ def main():
     if isinstance(backbone, models.ViT):
         backbone.pos_embed.requires_grad_(True)
     model = Segmenter(backbone, args.num_classes, args.img_size) if segment else \
-        Classifier(backbone, args.num_classes, args.probe, args.loss, args.label_smoothing)
+        Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss, args.label_smoothing)
     if args.resume and not args.eval_only and os.path.exists(checkpoint_path):
         checkpoint = load_checkpoint(checkpoint_path, "finetune", run)
     if checkpoint:
@@ -525,7 +532,8 @@ def main():
         model.load_state_dict(checkpoint["model"])
     if segment and world > 1 and device.type == "cuda":               # a GPU's few crops make poor statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model, dtype = model.to(device), amp_dtype(args.amp, device)
+    model = model.to(device, memory_format=torch.channels_last)       # convolutions run faster so
+    dtype = amp_dtype(args.amp, device)
     if args.eval_only:
         measured = evaluate(model, val_loader, device, dtype, world)
         if rank == 0:
@@ -555,7 +563,7 @@ def main():
     if segment and not args.model.startswith("vit"):
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, metric = 0, 0.0, "miou" if segment else "top1"
     if checkpoint:

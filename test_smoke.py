@@ -698,6 +698,16 @@ def test_probes_leave_the_backbone_alone(probe, layers):
     assert changed == {key for key in before if key.startswith("head.")}
 
 
+@pytest.mark.parametrize("head_norm", ["layer", "batch"])
+def test_only_a_batch_norm_removes_what_all_images_have_in_common(head_norm):
+    torch.manual_seed(0)
+    model, images = finetune.Classifier(tiny_vit(), 4, head_norm=head_norm).train(), torch.randn(6, 3, 16, 16)
+    nn.init.normal_(model.head[1].weight)
+    before = model.logits(images)
+    model.backbone.blocks[-1].mlp.fc2.bias.data += torch.randn_like(model.backbone.blocks[-1].mlp.fc2.bias)
+    assert torch.allclose(before, model.logits(images), atol=1e-4) == (head_norm == "batch")
+
+
 def test_losses():
     torch.manual_seed(0)
     model, images = finetune.Classifier(tiny_vit(), 4, label_smoothing=0.1), torch.randn(6, 3, 16, 16)
@@ -826,7 +836,8 @@ def test_fine_tuning_resumes_bit_identically(flags, labelled, masked, tmp_path):
     (["--data", "TMP/differ"], "classes differ (3 and 2, only here or there: c; none)"),
     (["--data", "nowhere"], "--data nowhere has no folder train"),
     (["--init", "DONE", "--eval_only", "--data", "TMP/two"], "classes differ (2 and 3, only here or there: "),
-    (["--task", "segment", "--probe", "linear"], "--probe and --label_fraction are for --task classify"),
+    (["--task", "segment", "--probe", "linear"], "are for --task classify"),
+    (["--probe", "linear", "--head_norm", "batch"], "--head_norm is for training the whole network"),
     (["--task", "segment", "--data", "nowhere"], "no image files in nowhere/images/training"),
     (["--task", "segment", "--data", "MASKED", "--num_classes", 2], "has the label 3, above --num_classes 2"),
     (["--task", "segment", "--data", "TMP/sizes"], ".png is (7, 9), its image (2"),
