@@ -38,9 +38,12 @@ import models
 # CIM: Table 14; erasing as BEiT. Energy (sec. A.1): "most of the settings follow MAE".
 CIM = dict(lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epochs=5, layer_decay=0.8, clip_grad=0.0,
            drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaug=9, erasing=0.25, repeats=1,
-           loss="ce", img_size=224, test_size=224, crop_ratio=0.95)
+           head_norm="layer", loss="ce", img_size=224, test_size=224, crop_ratio=0.95)
 ENERGY = CIM | dict(lr=1e-3, layer_decay=0.75, crop_ratio=0.875)
 EPOCHS = {"vit_b": 100, "vit_l": 50}                                  # the others: 200
+# Nobody's paper: what trains a small model in minutes, where augmentation and slow lower layers only delay.
+SHORT = ENERGY | dict(lr=1e-3, batch_size=32, layer_decay=1.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0,
+                      head_norm="batch", epochs=2)
 # CIM's Table 15, by the epochs of its columns; no erasing in RSB.
 RSB_100 = CIM | dict(lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1.0, drop_path=0.0, mixup=0.1,
                      randaug=6, erasing=0.0, loss="bce", img_size=160)
@@ -76,11 +79,12 @@ def parse_args():
     g("--label_fraction", type=float, default=1.0, help="share of each class's labels to train on: 0.01, 0.1")
 
     g = p.add_argument_group("recipe (None: the recipe's value)").add_argument
-    g("--recipe", choices=["energy", "cim", "rsb"], help="the paper's values for what stands below and for "
-      "loss, repeated augmentation, test crop; None: rsb (three, by --epochs) for ResNets, else energy")
+    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="the paper's values for what stands below "
+      "and for loss, repeated augmentation, test crop; None: rsb (three, by --epochs) for ResNets, else "
+      "energy; short: for small models and minutes")
     g("--probe", choices=["linear", "mlp"], help="train one layer, or three, on the frozen backbone")
-    g("--head_norm", default="layer", choices=["layer", "batch"], help="normalises a ViT's patch mean before "
-      "the head; batch: any backbone's features, better in short runs (README)")
+    g("--head_norm", choices=["layer", "batch"], help="what normalises a ViT's patch mean before the head; "
+      "batch: any backbone's feature, better in short runs")
     g("--layer_decay", type=float, help="a ViT block's learning rate over the next one's")
     g("--drop_path", type=float, help="share of images that skip the last block, from 0 in the first on")
     g("--label_smoothing", type=float, help="share of the target spread over all classes")
@@ -94,8 +98,7 @@ def parse_args():
     g("--warmup_epochs", type=float, help="linear warm-up; None: at most a fifth of the epochs")
     g("--batch_size", type=int, help="images per optimizer step, over all processes")
     g("--accum_steps", type=int, default=1, help="parts to split a batch into when memory is short")
-    g("--lr", type=float, help="peak learning rate; None: the recipe's, scaled with the batch size; small "
-      "models in runs of minutes want 2e-3")
+    g("--lr", type=float, help="peak learning rate; None: the recipe's, scaled with the batch size")
     g("--weight_decay", type=float, help="the optimizer's, on matrices and kernels only")
     g("--clip_grad", type=float, help="largest norm of the gradient; 0: no clipping")
     g("--max_steps", type=int, help="stop after so many optimizer steps (smoke runs, benchmarks)")
@@ -131,7 +134,8 @@ def resolve(args, found):
         epochs = args.epochs or 100
         values = (RSB_600 if epochs >= 600 else RSB_300 if epochs >= 300 else RSB_100) | {"epochs": 100}
     else:
-        values = (CIM if args.recipe == "cim" else ENERGY) | {"epochs": EPOCHS.get(args.model, 200)}
+        recipe = {"energy": ENERGY, "cim": CIM, "short": SHORT}[args.recipe]
+        values = {"epochs": EPOCHS.get(args.model, 200)} | recipe
     size = args.img_size or found.get("img_size", 224)
     if not segment and (args.img_size or size != 224 or is_vit):      # else Table 15's, which may be two
         values |= {"img_size": size, "test_size": size}

@@ -584,6 +584,8 @@ def test_recipes_are_the_papers(monkeypatch):
             ("vit_s", (200, 1e-3, 1024, .05, .75, *vit, .875)),
             ("vit_b", (100, 1e-3, 1024, .05, .75, *vit, .875)),
             ("vit_l", (50, 1e-3, 1024, .05, .75, *vit, .875)),
+            ("vit_s --recipe short", (2, 1e-3, 32, .05, 1, .4, 0, .1, .1, 0, 0, 0, 0, 1, "ce", 224, 224,
+                                        .875)),
             ("vit_s --recipe cim", (200, 3e-3, 1024, .05, .8, *vit, .95)),
             ("vit_b --recipe cim", (100, 3e-3, 1024, .05, .8, *vit, .95)),
             ("resnet50", (100, *rsb, .02, 1, 5, 0, 0, .1, .1, 1, 6, 0, 1, "bce", 160, 224, .95)),
@@ -591,6 +593,7 @@ def test_recipes_are_the_papers(monkeypatch):
             ("resnet50 --epochs 600", (600, *rsb, .01, 1, 5, 0, .05, .1, .2, 1, 7, 0, 3, *big, .95))]:
         args = resolved("--model", *flags.split())
         assert tuple(getattr(args, name) for name in names) == values, flags
+        assert args.head_norm == ("batch" if "short" in flags else "layer")
     args = resolved("--batch_size", 512, "--mixup", 0, "--epochs", 10, model="vit_b", img_size=32)
     assert (args.model, args.lr, args.mixup, args.cutmix, args.warmup_epochs) == ("vit_b", 5e-4, 0, 1, 2)
     assert (args.img_size, args.test_size, args.crop_ratio) == (32, 32, 1)
