@@ -3,7 +3,7 @@
 Starts from what energy_pretrain.py or cim_pretrain.py wrote, or from a state dict in the names of timm, MAE
 or torchvision; with both papers' recipes (Wang et al., secs. A.1, B.4; Fang et al., tables 14, 15, sec. 3.2).
 
-    python finetune.py --init runs/energy_vit_nano/backbone.pt --batch_size 32 --lr 2e-3 --epochs 2
+    python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short
     torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         finetune.py --init runs/cim_vit_b/backbone.pt --recipe cim --data /path/to/imagenet       # two nodes
