@@ -1,24 +1,26 @@
 """Energy-Inspired Self-Supervised Pretraining for Vision Models (Wang et al., ICLR 2023), in one file.
 
-One network and no decoder. Forward, it gives an image an energy E(x). Backward with respect to the image, it
-gives a restoration step x - alpha * dE/dx. A picture is corrupted, stepped downhill once or twice, and the
-weights learn to make the result the original (eq. 5; with --corrupt sort, eq. 7 on the position embedding).
+One network and no decoder. Its forward pass gives an image an energy E(x); its backward pass with respect to
+the image gives a restoration step x - alpha * dE/dx. An image is corrupted and moved one or two such steps
+downhill, and the weights learn to make the result the original (eq. 5; with --corrupt sort, eq. 7 on the
+position embedding). --method autoencoder trains the baselines of Tables 1 and 2: MAE and its variants.
 
     python energy_pretrain.py --model vit_nano --img_size 32 --patch_size 4                      # one process
     torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet        # one node
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         energy_pretrain.py --model vit_b --data /path/to/imagenet --batch_size 1024              # two nodes
 
-README.md says what was measured, and where. Copy this file with models.py and data.py and it runs elsewhere.
+MEASURED
 """
 import argparse
+import fcntl
 import json
 import math
 import os
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -35,93 +37,117 @@ from torchvision.utils import make_grid, save_image
 import data
 import models
 
-ALPHA = 0.1                                       # where the step size starts (sec. A.1)
+ALPHA = 0.1                                       # the initial step size (sec. A.1)
 MIX = ("grid", "sr", "denoise", "color")          # what --corrupt mix draws from (sec. 4.2)
+# Decision: the mask in the mix is the grid, the one that Table 1 compares with MAE.
 
 
 # ---------------------------------------------------------------- arguments
 
 def parse_args():
-    p = argparse.ArgumentParser(description="Energy-inspired pretraining (Wang et al., ICLR 2023).",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Energy-inspired pretraining (Wang et al., ICLR 2023).",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
-      "a folder: train/ and val/ with pictures below, or any tree of pictures")
+      "a folder: train/ and val/ with images below, or any tree of images")
     g("--model", default="vit_s", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
-    g("--img_size", type=int, default=224, help="pixels a side; 32 for CIFAR")
-    g("--patch_size", type=int, default=16, help="pixels a side of a ViT's patches; 4 for CIFAR")
+    g("--img_size", type=number(int, 8, 4096), default=224, help="pixels a side; 32 for CIFAR")
+    g("--patch_size", type=number(int, 1, 256), default=16,
+      help="pixels a side of a ViT's patches; 4 for CIFAR")
+    # Decision: the paper does not say which feature h sees. Both restore equally well.
     g("--pool", default="mean", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean")
 
     g = p.add_argument_group("method").add_argument
+    g("--method", default="energy", choices=["energy", "autoencoder"],
+      help="autoencoder: the paper's baseline, a ViT with a decoder; with --corrupt grid it is MAE")
     g("--corrupt", default="mix", choices=[*MIX, "random_small", "random_large", "mix", "sort"],
       help="the pretext task; mix: one of grid, sr, denoise, color for each image; sort: ViT only")
-    g("--energy_steps", type=int, default=2, metavar="N",
-      help="gradient steps on each corrupted image; the paper takes 1 in runs of 100 epochs")
+    g("--energy_steps", type=number(int, 0, 100), metavar="N",
+      help="gradient steps on each corrupted image; None: 2; the paper takes 1 in runs of 100 epochs; "
+      "0: corrupted images as negatives, no step (Figure A)")
     g("--alpha", default="learned", choices=["learned", "predicted"],
       help="the step size: one learned number, or one predicted for each image by a linear head")
     # Decision: the paper's cells of 16 pixels and super-resolution of 16x, at 224/16, follow the patch size.
-    g("--mask_cell", type=int, help="pixels a side of the grid mask's cells; None: the patch size")
-    g("--sr_scale", type=int, help="how many times smaller sr makes a picture; None: the patch size")
+    g("--mask_cell", type=number(int, 1, 1024), help="pixels a side of a grid cell; None: the patch size")
+    g("--sr_scale", type=number(int, 1, 1024), help="how many times smaller sr makes an image; None: "
+      "the patch size")
     # Decision: the paper tries several ratios and does not say which one mix takes; 0.75 is MAE's.
-    g("--mask_ratio", type=float, default=0.75, help="share of the cells that the grid mask blanks")
+    g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
+      help="fraction of the grid that is blanked")
 
     g = p.add_argument_group("training").add_argument
-    g("--epochs", type=int, default=200, help="passes over the training pictures")
+    g("--epochs", type=number(int, 1), default=200, help="passes over the training images")
     # Decision: the paper does not state its warm-up.
-    g("--warmup_epochs", type=float, help="linear warm-up; None: 10%% of the epochs, at most 40")
-    g("--batch_size", type=int, default=256, help="images per optimizer step, over all processes")
-    g("--accum_steps", type=int, default=1, help="parts to split a batch into when memory is short")
-    g("--lr", type=float, help="peak learning rate; None: the paper's, 1e-4 x batch_size / 256; vit_nano in "
-      "a run of minutes wants 5e-3")
-    g("--weight_decay", type=float, default=0.05, help="AdamW's, on matrices and kernels only")
+    g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10%% of the epochs, at most 40")
+    g("--batch_size", type=number(int, 1), default=256, help="images per optimizer step, over all processes")
+    g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
+    g("--lr", type=number(float, 1e-12), help="peak learning rate; None: the paper's, 1e-4 x batch_size / "
+      "256; vit_nano in a run of minutes wants 5e-3")
+    g("--weight_decay", type=number(float, 0, 10), default=0.05, help="AdamW's, on matrices and kernels only")
     # Decision: the paper states no clipping; 1.0 is rarely reached and catches spikes.
-    g("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: no clipping")
-    g("--max_steps", type=int, help="stop after so many optimizer steps (smoke runs, benchmarks)")
-    g("--seed", type=int, default=0, help="fixes weights, order, crops and corruptions")
+    g("--clip_grad", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no clipping")
+    g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
+    g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops and corruptions")
 
     g = p.add_argument_group("machine").add_argument
     g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
       help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
     g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
-    g("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes per process")
-    g("--output_dir", help="where results go; None: runs/energy_MODEL")
+    g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
+      help="loader processes of each process")
+    g("--output_dir", help="where results go; None: runs/METHOD_MODEL")
     g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
     args = p.parse_args()
 
-    args.output_dir = args.output_dir or f"runs/energy_{args.model}"
-    args.mask_cell, args.sr_scale = args.mask_cell or args.patch_size, args.sr_scale or args.patch_size
-    args.lr = 1e-4 * args.batch_size / 256 if args.lr is None else args.lr
-    args.warmup_epochs = min(0.1 * args.epochs, 40) if args.warmup_epochs is None else args.warmup_epochs
     is_vit = args.model.startswith("vit")
-    for name, divisor, used in [("--patch_size", args.patch_size, is_vit),
-                                ("--mask_cell", args.mask_cell, args.corrupt in ("grid", "mix")),
-                                ("--sr_scale", args.sr_scale, args.corrupt in ("sr", "mix"))]:
-        if used and (divisor < 1 or args.img_size % divisor):
-            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change either")
+    is_energy = args.method == "energy"
+    if not is_energy and not is_vit:
+        p.error(f"--method autoencoder is for ViTs, not {args.model}: choose a ViT, or --method energy")
+    if not is_energy and args.energy_steps is not None:
+        p.error("--energy_steps is for --method energy: an autoencoder restores in one pass, leave it out")
     if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
                 "choose a ViT, and --patch_size 3 or more")
-    for name in ("energy_steps", "epochs", "batch_size", "accum_steps", "mask_ratio"):
-        if getattr(args, name) <= 0 or name == "mask_ratio" and args.mask_ratio > 1:
-            p.error(f"--{name} {getattr(args, name)}: must be above 0 (and --mask_ratio at most 1)")
+    args.output_dir = args.output_dir or f"runs/{args.method}_{args.model}"
+    args.energy_steps = (2 if is_energy else 1) if args.energy_steps is None else args.energy_steps
+    args.mask_cell = args.mask_cell or args.patch_size
+    args.sr_scale = args.sr_scale or args.patch_size
+    args.lr = args.lr or 1e-4 * args.batch_size / 256
+    args.warmup_epochs = min(0.1 * args.epochs, 40) if args.warmup_epochs is None else args.warmup_epochs
+    for name, divisor, used in [("--patch_size", args.patch_size, is_vit),
+                                ("--mask_cell", args.mask_cell, args.corrupt in ("grid", "mix")),
+                                ("--sr_scale", args.sr_scale, args.corrupt in ("sr", "mix"))]:
+        if used and args.img_size % divisor:
+            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change either")
     return args
 
 
 # ---------------------------------------------------------------- the method
 
 class EnergyModel(nn.Module):
-    """E(x) = h(psi(x)) and the step downhill in it (sec. 3.2).
+    """E(x) = h(psi(x)) and the step downhill in it (sec. 3.2). main() runs eq. (5), one forward() a step:
+
+        x = corrupt(images)
+        for n in 1 ... N:
+            x = x.detach()                           # stop gradient: no path from one step to the next
+            x = x - alpha * dE(x)/dx                 # keeps its graph: the weights learn through it
+            (mse(x, images) / N).backward()          # at once: the N terms share no graph
+        optimizer.step()
 
     x is what gets restored: images (B, 3, H, W), or the position embedding (B, M, dim) of images (sec. 3.4).
+    The scale is a fixed factor of the energy, see calibrate_and_freeze_unused().
     """
 
-    def __init__(self, backbone, alpha="learned"):
+    visible_only = False                              # all patches enter, also the blank ones
+
+    def __init__(self, backbone, alpha="learned", num_steps=1):
         super().__init__()
         self.backbone = backbone                                      # psi
         # No bias in h: it would have no influence on dE/dx.
         self.head = nn.Linear(backbone.width, 1, bias=False)          # h
-        self.register_buffer("scale", torch.ones(()))                 # of the energy, set once by prepare()
+        self.num_steps = num_steps                                    # N
+        self.register_buffer("scale", torch.ones(()))
         # Sec. A.1: alpha is kept positive. Decision: by an exponential.
         self.alpha = alpha
         if alpha == "learned":
@@ -131,67 +157,175 @@ class EnergyModel(nn.Module):
             nn.init.zeros_(self.alpha_head.weight)
             nn.init.constant_(self.alpha_head.bias, math.log(ALPHA))
 
+    @property
+    def positions(self):
+        """(1, N, dim): the true position embeddings of the patches, which --corrupt sort shuffles."""
+        return self.backbone.pos_embed[:, 1:].detach()
+
     def energy(self, x, images=None, keep=None):
-        """-> (sum of the energies, alpha). The sum, not the mean: each image gets its own gradient."""
-        feature = self.backbone(x) if images is None else self.backbone(images, pos_embed=x, keep=keep)
+        """-> (energies of the images (B,), without the scale; alpha, () or (B, 1, ...))."""
+        if images is None:
+            feature = self.backbone(x)                                # (B, width)
+        else:
+            feature = self.backbone(images, pos_embed=x, keep=keep)   # (B, width)
         if self.alpha == "learned":
             alpha = self.log_alpha.exp()                              # ()
         else:
             alpha = self.alpha_head(feature).exp().view(-1, *[1] * (x.dim() - 1))  # (B, 1, ...)
-        return self.scale * self.head(feature).sum(), alpha
+        return self.head(feature).squeeze(1), alpha
 
     def restore(self, x, **context):
         """One step downhill: the shape of x, with a graph to all weights (unless under no_grad)."""
+        # fp16 ends at 65,504 and ViT-S already has a scale of 5,000: what exceeds 1,000 is multiplied later.
+        inner_scale = self.scale.clamp(max=1000)
+
+        def summed_energy(x):
+            energy, alpha = self.energy(x, **context)
+            return inner_scale * energy.sum(), alpha                  # the sum: images do not share gradients
+
         # Fused attention has no second derivative; the MATH backend has.
         with sdpa_kernel(SDPBackend.MATH):
             # What autograd.grad(E, x, create_graph=True) gives, in a form that torch.compile can take too.
-            gradient, alpha = torch.func.grad(self.energy, has_aux=True)(x, **context)
-        return x - alpha * gradient                                   # Eq. (5), (7): x - alpha dE/dx
+            gradient, alpha = torch.func.grad(summed_energy, has_aux=True)(x)
+        return x - alpha * (self.scale / inner_scale) * gradient      # Eq. (5), (7): x - alpha dE/dx
 
     def forward(self, x, target, **context):
-        """-> (MSE of the restored x against the target, the restored x without graph)."""
+        """-> (MSE of the restored x against the target, the restored x without its graph)."""
+        if self.num_steps == 0:
+            return self.contrast(x, target, **context), x
         x = self.restore(x.detach(), **context)                       # Eq. (5): SG, no gradient across steps
         return F.mse_loss(x, target), x.detach()
 
+    def contrast(self, x, target, **context):
+        """N = 0 (Figure A): corrupted images as negatives, without a step. -> loss ()
 
-def make_corruptions(args):
-    """name -> function (images, generator) -> corrupted images, for the tasks that corrupt pixels."""
-    kinds = {"grid": partial(data.mask_grid, cell=args.mask_cell, ratio=args.mask_ratio),
-             "random_small": partial(data.mask_random, count=75, area=(0.01, 0.025)),
-             "random_large": partial(data.mask_random, count=25, area=(0.02, 0.05)),
-             "sr": partial(data.low_resolution, scale=args.sr_scale),
-             "denoise": data.noise,
-             "color": data.gray}
-    return kinds | {"mix": partial(data.mix, corruptions=[kinds[kind] for kind in MIX])}
+        Decision: the logistic loss of the difference in energy between an image and its corruption.
+        """
+        target = target.expand_as(x)
+        return F.softplus(self.energy(target, **context)[0] - self.energy(x, **context)[0]).mean()
 
 
-def start(kind, images, generator, corruptions, backbone):
-    """Corrupts a batch -> (x_0, the target, what else the energy takes).
+class AutoEncoder(nn.Module):
+    """The baseline of Tables 1 and 2: a ViT, and a decoder that is thrown away (MAE, He et al., 2022).
 
-    sort (sec. 3.4, A.2): the patches stay, their position embeddings are shuffled, not the class token's.
-    Patch edges are blanked and half of the patches dropped, so that matching edges does not solve it.
+        tokens = encoder(patches of x)                  # with `keep` alone (MAE): of the visible ones only
+        tokens = decoder(tokens, mask tokens for what did not enter, fixed positions)
+        MAE:        mse(pixels of the masked patches, each patch normalised)
+        sort:       cross entropy(the patch's position among N); the encoder has no position embedding
+        otherwise:  mse(all pixels)                     # Decision: not normalised, as eq. (5)
+
+    The interface is EnergyModel's.
     """
-    if kind != "sort":
-        return corruptions[kind](images, generator), images, {}
-    true = backbone.pos_embed[:, 1:].detach()                         # (1, N, dim)
-    B, N = len(images), true.shape[1]
-    shuffle, keep = torch.rand(2, B, N, generator=generator, device=images.device).argsort(dim=2)
-    keep = keep[:, :math.ceil(N / 2)]                                 # (B, M): these patches enter
-    shuffled, target = true[0, shuffle.gather(1, keep)], true[0, keep]  # (B, M, dim) each
-    images = data.blank_patch_edges(images, generator, backbone.stride)
-    return shuffled, target, {"images": images, "keep": keep}
+
+    num_steps = 1
+
+    def __init__(self, backbone, visible_only=False, sort=False):
+        super().__init__()
+        self.backbone, self.visible_only = backbone, visible_only
+        # MAE's decoder; Decision: for vit_nano and vit_t two blocks of their own width.
+        width, depth, heads = 512, 8, 16
+        if backbone.width < 384:
+            width, depth, heads = backbone.width, 2, backbone.blocks[0].attn.heads
+        num_patches = backbone.pos_embed.shape[1] - 1
+        self.embed = nn.Linear(backbone.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", models.sincos_2d(width, math.isqrt(num_patches)), persistent=False)
+        self.blocks = nn.ModuleList(models.Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_patches if sort else 3 * backbone.stride ** 2)
+        if sort:
+            backbone.pos_embed.data.zero_()           # fine-tuning starts from these zeros (sec. 4.1)
+        for name, param in self.named_parameters():
+            if not name.startswith("backbone.") and param.ndim == 2:
+                nn.init.xavier_uniform_(param)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def decode(self, tokens, positions):
+        """Tokens (B, 1 + M, width), class token first, and positions of the M patches -> (B, M, outputs)."""
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1:] + positions], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens))[:, 1:].float()
+
+    def forward(self, x, target, images=None, keep=None):
+        """-> (the loss, the restored x without its graph)."""
+        if images is not None:                                                       # sort
+            tokens = self.embed(self.backbone.forward_tokens(images, keep=keep))     # (B, 1 + M, width)
+            logits = self.decode(tokens, 0)                                          # (B, M, N)
+            loss = F.cross_entropy(logits.flatten(0, 1), keep.flatten())
+            return loss, self.positions[0, logits.argmax(dim=2)]
+
+        p = self.backbone.stride
+        patches = F.unfold(target, p, stride=p).transpose(1, 2)                      # (B, N, 3 p p)
+        tokens = self.embed(self.backbone.forward_tokens(x, keep=keep))              # (B, 1 + M, width)
+        if keep is None:
+            output = self.decode(tokens, self.positions)                             # (B, N, 3 p p)
+            loss = F.mse_loss(output, patches)
+        else:                                                                        # MAE
+            B, N, _ = patches.shape
+            place = keep[:, :, None].expand(-1, -1, tokens.shape[2])                 # (B, M, width)
+            filled = self.mask_token.to(tokens.dtype).expand(B, N, -1).scatter(1, place, tokens[:, 1:])
+            output = self.decode(torch.cat([tokens[:, :1], filled], dim=1), self.positions)
+            std, mean = torch.std_mean(patches, dim=2, keepdim=True)                 # (B, N, 1) each
+            std = (std.square() + 1e-6).sqrt()
+            masked = torch.ones(B, N, 1, device=x.device).scatter(1, keep[:, :, None], 0)  # 1 = corrupted
+            error = (output - (patches - mean) / std).square()
+            loss = (error * masked).sum() / (masked.sum() * error.shape[2])
+            # What is shown and measured has the original's mean and deviation, and its visible patches.
+            output = torch.where(masked > 0, output * std + mean, patches)
+        return loss, F.fold(output.detach().transpose(1, 2), target.shape[2:], p, stride=p)
 
 
-def prepare(model, x, target, context):
-    """What a dry step on a corrupted batch decides, for any backbone; -> names of the weights it froze.
+def corrupt_pixels(images, generator, task, args):
+    """Normalised images (B, 3, H, W) -> the same, corrupted by `task` (secs. 4.1, 4.2)."""
+    if task == "grid":
+        return data.mask_grid(images, generator, args.mask_cell, args.mask_ratio)
+    if task == "random_small":
+        return data.mask_random(images, generator, count=75, area=(0.01, 0.025))
+    if task == "random_large":
+        return data.mask_random(images, generator, count=25, area=(0.02, 0.05))
+    if task == "sr":
+        return data.low_resolution(images, generator, args.sr_scale)
+    if task == "denoise":
+        return data.noise(images, generator)
+    if task == "color":
+        return data.gray(images, generator)
+    return data.mix(images, generator, [partial(corrupt_pixels, task=task, args=args) for task in MIX])
 
-    The energy's scale. A fresh network's dE/dx is hundreds of times too small to restore anything, and short
+
+def corrupt_batch(task, images, generator, model, args):
+    """-> (x_0, its target, the context: what else model(x_0, target, **context) takes)."""
+    p = model.backbone.stride
+    if task == "sort":
+        # Sec. 3.4, A.2: the patches stay and their position embeddings are shuffled, not the class token's.
+        # Patch edges are blanked and half of the patches dropped, so that matching edges does not solve it.
+        # Decision: positions are shuffled among all patches before half of them is dropped.
+        B, N = len(images), model.positions.shape[1]
+        shuffle, keep = torch.rand(2, B, N, generator=generator, device=images.device).argsort(dim=2)
+        keep = keep[:, :math.ceil(N / 2)]                             # (B, M): these patches enter
+        shuffled = model.positions[0, shuffle.gather(1, keep)]        # (B, M, dim)
+        target = model.positions[0, keep]                             # (B, M, dim)
+        return shuffled, target, {"images": data.blank_patch_edges(images, generator, p), "keep": keep}
+    if task == "grid" and model.visible_only:
+        mask = data.grid_mask(images, generator, args.mask_cell, args.mask_ratio)    # True = corrupted
+        patch_mask = mask[:, 0, ::p, ::p].flatten(1)                  # (B, N)
+        keep = patch_mask.byte().argsort(dim=1, stable=True)          # the visible patches first
+        return images.masked_fill(mask, 0), images, {"keep": keep[:, :(~patch_mask[0]).sum()]}
+    return corrupt_pixels(images, generator, task, args), images, {}
+
+
+def calibrate_and_freeze_unused(model, x, target, context):
+    """Two things that a dry step on a corrupted batch decides. -> names of the weights that it froze.
+
+    The energy's scale: a fresh network's dE/dx is hundreds of times too small to restore anything, and short
     runs end before the weights have grown. Decision: a fixed factor lets dE/dx start with root mean square 1.
-    Weights without influence on dE/dx, such as the last LayerNorm's bias. Their gradient never comes and DDP
-    would wait for it: they are frozen.
+    Weights without influence on the loss, such as the last LayerNorm's bias on dE/dx: their gradient never
+    comes, and DDP would wait for it. They are frozen.
     """
-    with torch.no_grad():
-        model.scale /= ((x - model.restore(x, **context)) / ALPHA).square().mean().sqrt()
+    if isinstance(model, EnergyModel) and model.num_steps:
+        with torch.no_grad():
+            step = (x - model.restore(x, **context)) / ALPHA
+            model.scale /= step.square().mean().sqrt().clamp(min=1e-12)
     model(x, target, **context)[0].backward()
     unused = [name for name, param in model.named_parameters() if param.requires_grad and param.grad is None]
     for name in unused:
@@ -200,91 +334,195 @@ def prepare(model, x, target, context):
     return unused
 
 
+# ---------------------------------------------------------------- data and model
+
+def build_data(args, rank, world):
+    """-> (loader, its sampler, number of training images, held-out images (at most 64, 3, H, W)).
+
+    Order and crops depend on (seed, epoch, index) alone, not on the number of processes.
+    """
+    if args.data == "cifar10":
+        together(lambda: len(data.unlabelled_dataset(args.data, True, args.img_size)), first_only=True)
+    train_set = data.unlabelled_dataset(args.data, True, args.img_size)
+    val_set = data.unlabelled_dataset(args.data, False, args.img_size)
+    if args.batch_size % (world * args.accum_steps):
+        raise data.BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
+                            f"{args.accum_steps} --accum_steps: change one of them")
+    if len(train_set) < args.batch_size:
+        raise data.BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
+                            f"--batch_size {args.batch_size}: lower it")
+    sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
+    # Crops as MAE's: at least a fifth of the image.
+    crops = data.Transformed(train_set, data.pretrain_transform(args.img_size, scale=(0.2, 1.0)), args.seed)
+    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
+                        drop_last=True, num_workers=args.num_workers,
+                        persistent_workers=args.num_workers > 0, pin_memory=torch.cuda.is_available())
+    return loader, sampler, len(train_set), data.fixed_images(val_set, args.img_size)
+
+
+def build_model(args, images):
+    """-> (the model, calibrated on some images; its backbone's config; names of the unused weights)."""
+    # ResNets get GroupNorm instead of BatchNorm (sec. B.3).
+    # Decision: ViTs have a fixed sine-cosine position embedding, as MAE.
+    config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
+              "pool": args.pool, "norm": "group"}
+    backbone = models.build_model(**config)
+    if args.method == "energy":
+        model = EnergyModel(backbone, args.alpha, args.energy_steps)
+    else:
+        is_mae = args.corrupt == "grid" and args.mask_cell == args.patch_size
+        model = AutoEncoder(backbone, visible_only=is_mae, sort=args.corrupt == "sort")
+    model = model.to(images.device, memory_format=torch.channels_last)
+    generator = torch.Generator(images.device).manual_seed(args.seed)
+    try:
+        batch = corrupt_batch(args.corrupt, images[:8], generator, model, args)
+        unused = calibrate_and_freeze_unused(model, *batch)
+    except RuntimeError as error:
+        raise data.BadInput(f"{args.model} cannot take --img_size {args.img_size} "
+                            f"({str(error).splitlines()[0]}): raise it, or choose another model") from None
+    config |= {"mean": data.MEAN, "std": data.STD, "method": args.method, "objective": args.corrupt}
+    return model, config, unused
+
+
 # ---------------------------------------------------------------- what is measured and shown
 
 @torch.no_grad()
-def evaluate(model, kinds, images, corruptions, args, rank, world):
-    """On fixed held-out images -> {"psnr_KIND_n": dB after n steps; n = 0: corrupted}, of the squared error's
-    mean over all images, in [0, 1]; for sort {"sorted_n": share of the patches nearest to their own place}.
+def evaluate(model, tasks, images, args, rank, world):
+    """What the model does to fixed held-out images -> {name: number}.
+
+    psnr_TASK_n: dB after n steps, n = 0: corrupted; of the mean squared error of all images, in [0, 1].
+    sorted_n: fraction of the patches nearest to their own place. energy_gap_TASK: mean of E(corrupted) -
+    E(clean), which the paper wants to be positive.
     """
     results = {}
-    share = torch.arange(len(images), device=images.device)[rank::world]  # each image in one process
-    for kind in kinds:
+    indices = torch.arange(len(images), device=images.device)[rank::world]  # each image in one process
+    for task in tasks:
         generator = torch.Generator(images.device).manual_seed(args.seed)
-        x, target, context = start(kind, images, generator, corruptions, model.backbone)
+        x, target, context = corrupt_batch(task, images, generator, model, args)
         scores = torch.zeros(args.energy_steps + 1, device=images.device)
-        for part in share.split(args.batch_size // (world * args.accum_steps)) if len(share) else ():
-            x_n, part_context = x[part], {key: value[part] for key, value in context.items()}
+        gap = torch.zeros((), device=images.device)
+        for chunk in indices.split(max(1, args.batch_size // (world * args.accum_steps))):
+            x_n, goal = x[chunk], target[chunk]
+            chunk_context = {key: value[chunk] for key, value in context.items()}
+            if args.method == "energy":
+                corrupted, clean = (model.energy(z, **chunk_context)[0] for z in (x_n, goal))
+                gap += model.scale * (corrupted - clean).float().sum()
             for n in range(args.energy_steps + 1):
                 if n > 0:
-                    x_n = model.restore(x_n, **part_context)
-                if kind == "sort":
-                    score = nearest_position(model.backbone.pos_embed[:, 1:], x_n) == part_context["keep"]
+                    _, x_n = model.forward(x_n, goal, **chunk_context)               # forward: not compiled
+                if task == "sort":
+                    score = nearest_position(model.positions, x_n) == chunk_context["keep"]
                 else:
-                    score = (data.denormalize(x_n) - data.denormalize(target[part])).square()
+                    score = (data.denormalize(x_n) - data.denormalize(goal)).square()
                 scores[n] += score.float().flatten(1).mean(dim=1).sum()
         if world > 1:
             dist.all_reduce(scores)
+            dist.all_reduce(gap)
         for n, score in enumerate((scores / len(images)).tolist()):
-            if kind == "sort":
+            if task == "sort":
                 results[f"sorted_{n}"] = round(score, 4)
             else:
-                results[f"psnr_{kind}_{n}"] = round(-10 * math.log10(max(score, 1e-10)), 2)
+                results[f"psnr_{task}_{n}"] = round(-10 * math.log10(max(score, 1e-10)), 2)
+        if args.method == "energy":
+            results[f"energy_gap_{task}"] = round(gap.item() / len(images), 3)
     return results
 
 
 @torch.no_grad()
-def save_picture(path, model, kinds, images, corruptions, args):
-    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the kinds take turns."""
+def save_picture(path, model, tasks, images, args):
+    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the tasks take turns."""
     rows = []
-    for kind, part in zip(kinds, images.split(8 // len(kinds))):
+    num_steps = args.energy_steps + 2 if args.method == "energy" else 1
+    for task, chunk in zip(tasks, images.split(8 // len(tasks))):
         generator = torch.Generator(images.device).manual_seed(args.seed)
-        x, _, context = start(kind, part, generator, corruptions, model.backbone)
-        row = [part]
-        for _ in range(args.energy_steps + 3):
-            row.append(paste_patches(model.backbone, x, **context) if kind == "sort" else x)
-            x = model.restore(x, **context)
+        x, target, context = corrupt_batch(task, chunk, generator, model, args)
+        row = [chunk]
+        for n in range(num_steps + 1):
+            row.append(paste_patches(model, x, **context) if task == "sort" else x)
+            _, x = model.forward(x, target, **context)
         rows.append(torch.stack(row, dim=1))                          # (images, columns, 3, H, W)
     tiles = data.denormalize(torch.cat(rows).flatten(0, 1))
     tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / args.img_size)), mode="nearest")
-    save_image(make_grid(tiles, nrow=len(row), pad_value=1), path)
+    grid = make_grid(tiles, nrow=len(row), pad_value=1)
+    write_file(path, partial(save_image, grid, format="png"))
 
 
-def nearest_position(pos_embed, x):
-    """(B, M, dim) -> (B, M): the position in pos_embed (1, N, dim) that each embedding is nearest to."""
-    return torch.cdist(x, pos_embed.expand(len(x), -1, -1)).argmin(dim=2)
+def nearest_position(positions, x):
+    """Position embeddings x (B, M, dim) -> (B, M): the index of the nearest one in positions (1, N, dim)."""
+    return torch.cdist(x, positions.expand(len(x), -1, -1)).argmin(dim=2)
 
 
-def paste_patches(backbone, x, images, keep):
+def paste_patches(model, x, images, keep):
     """The patches `keep` of the images, each pasted where its position embedding x (B, M, dim) points."""
-    p = backbone.stride
+    p = model.backbone.stride
     patches = F.unfold(images, p, stride=p)                           # (B, C*p*p, N)
     source = keep[:, None].expand(-1, patches.shape[1], -1)           # (B, C*p*p, M)
-    place = nearest_position(backbone.pos_embed[:, 1:], x)[:, None].expand_as(source)
+    place = nearest_position(model.positions, x)[:, None].expand_as(source)
     pasted = torch.zeros_like(patches).scatter(2, place, patches.gather(2, source))
     return F.fold(pasted, images.shape[2:], p, stride=p)
 
 
-# ---------------------------------------------------------------- the same, to the letter, in all scripts
+# ---------------------------------------------------------------- helpers, identical in all three scripts
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, without the usage of every flag."""
+
+    def error(self, message):
+        raise data.BadInput(f"{message} (see --help)")
+
+
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float from low to high. That excludes nan and inf."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = kind.__name__                                    # argparse: "invalid float value"
+    return parse
+
 
 def init_processes(device):
     """-> (rank, number of processes, device), from torchrun's environment; without it, a single process."""
-    rank, local_rank, world = (int(os.environ.get(name, default))
-                               for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+        device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {device} does not work here ({str(error).splitlines()[0]}): take auto")
+        raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
+                            "auto, and no more processes than a machine has GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:                                                     # an hour: one process may download
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     return rank, world, device
+
+
+def together(function, *args, first_only=False):
+    """function(*args) in every process, or in the first one for all. A BadInput in one of them ends all."""
+    result = error = None
+    try:
+        if not first_only or int(os.environ.get("RANK", 0)) == 0:
+            result = function(*args)
+    except (data.BadInput, OSError) as caught:
+        error = str(caught)
+    if dist.is_initialized():
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (error, result if first_only else None))
+        error = next((outcome[0] for outcome in outcomes if outcome[0]), None)
+        result = outcomes[0][1] if first_only else result
+    if error:
+        if dist.is_initialized():
+            dist.destroy_process_group()                              # run() sees that all processes know
+        raise data.BadInput(error)
+    return result
 
 
 def amp_dtype(amp, device):
@@ -303,52 +541,68 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parameter_groups(named_parameters, weight_decay):
-    """Trainable weights in two groups; no decay on biases, norms, scales, tokens and position embeddings."""
-    no_decay = ("token", "pos_embed", "layer_scale", "relative_position_bias")
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, param in named_parameters:
-        if param.requires_grad:
-            groups[param.ndim <= 1 or any(word in name for word in no_decay)]["params"].append(param)
-    return groups
-
-
-def save(content, path):
-    """torch.save that never leaves half a file under the final name."""
+def open_output(folder, resume):
+    """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
+    results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
+    if results and not resume:
+        raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
+                            "one, or add --resume to continue that run")
     try:
-        torch.save(content, path + ".tmp")
+        os.makedirs(f"{folder}/samples", exist_ok=True)
+        # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
+        fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise data.BadInput(f"--output_dir {folder} is in use by another run: choose another") from None
+    except OSError as error:
+        raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
+                            "choose another") from None
+    return "checkpoint.pt" in results
+
+
+def write_file(path, write):
+    """write(temporary path), then the final name: no half-written file ever has it."""
+    try:
+        write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        sys.exit(f"error: cannot write {path} ({error}): what was there is kept; make room, then --resume")
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier one is kept; "
+                            "make room, then --resume") from None
 
 
-def load_checkpoint(path, script, config):
-    """The contents of a checkpoint.pt of this script and configuration, or one sentence and the end."""
+# What may change when a run is resumed. The other arguments decide on the method and the order of images.
+MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
+              "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
+
+
+def load_checkpoint(path, script, args, states):
+    """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found_script, found = checkpoint["script"], checkpoint["config"]
-    except Exception as error:          # torch raises many kinds for a file that is damaged or another
-        sys.exit(f"error: {path} is damaged or no checkpoint ({type(error).__name__}): "
-                 "delete it to start anew, or put a good copy in its place")
-    other = [f"{key} {found.get(key)}, not {new}" for key, new in config.items() if new != found.get(key)]
-    if found_script != script or other:
-        sys.exit(f"error: {path} is of another model ({', '.join(other) or found_script}): "
-                 "give the same flags as then, or another --output_dir")
+        checkpoint = models.load_weights_file(path)
+        changes = {key: f"--{key} {old}, now {getattr(args, key)}" for key, old in checkpoint["args"].items()
+                   if getattr(args, key, old) != old}
+        conflicts = [text for key, text in changes.items() if key not in MAY_CHANGE]
+        if checkpoint["script"] != script or conflicts:
+            raise ValueError(f"it is of {checkpoint['script']}.py {'; '.join(conflicts)}")
+        for name, state in states.items():
+            if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
+                state.load_state_dict(checkpoint[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
+                            "needs the script, the flags and the folder of one and the same run") from None
+    if changes and int(os.environ.get("RANK", 0)) == 0:
+        print("changed since the checkpoint:", "; ".join(changes.values()), flush=True)
     return checkpoint
 
 
-def open_output(folder, resume, rank):
-    """Makes the output folder and tries to write there; refuses to overwrite an earlier run's checkpoint."""
-    path = f"{folder}/checkpoint.pt"
-    if os.path.exists(path) and not resume:
-        sys.exit(f"error: {path} is there from an earlier run: add --resume, or choose another --output_dir")
-    if rank == 0:
-        try:
-            os.makedirs(f"{folder}/samples", exist_ok=True)
-            open(f"{folder}/log.jsonl", "a" if os.path.exists(path) else "w").close()
-        except OSError as error:
-            sys.exit(f"error: cannot write to --output_dir {folder} ({error.strerror}): choose another")
-    return path
+def require_finite(value, step):
+    """-> the value, a loss or a sum with it, if it is finite."""
+    if not math.isfinite(value):
+        raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
+                            "--resume with a lower --lr, or with --amp off")
+    return value
 
 
 def write_log(folder, line):
@@ -364,14 +618,25 @@ def peak_memory_mb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
-def check_finite(losses, last_step):
-    """Losses (tensors) of the steps up to last_step -> floats; the end, with the step, if one is infinite."""
-    losses = torch.stack(losses).tolist() if losses else []
-    for step, loss in enumerate(losses, last_step - len(losses) + 1):
-        if not math.isfinite(loss):
-            sys.exit(f"error: the loss at step {step} is {loss}: the last checkpoint is kept; "
-                     "--resume with a lower --lr or with --amp off")
-    return losses
+def run(main):
+    """main(), in which whatever the user can mend ends in one sentence, printed once."""
+    try:
+        return main()
+    except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        # A loader process wraps its error in a traceback: the sentence comes last.
+        message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
+        message = message[-1].removeprefix("data.BadInput: ")
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if dist.is_initialized() and "onnection" in message:          # another process ended, and said why
+            sys.exit(1)
+        if "DataLoader worker" not in message:
+            raise
+        message += " Lower --num_workers if memory is short, then --resume"
+    if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
+        time.sleep(5)                                                 # all have this error, the first says so
+        sys.exit(1)
+    sys.exit(f"error: {message}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -379,132 +644,121 @@ def check_finite(losses, last_step):
 def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
-    if args.batch_size % (world * args.accum_steps):
-        sys.exit(f"error: --batch_size {args.batch_size} is not a multiple of {world} processes x "
-                 f"{args.accum_steps} --accum_steps: change one of them")
-    checkpoint_path = open_output(args.output_dir, args.resume, rank)
+    resume = together(open_output, args.output_dir, args.resume, first_only=True)
+    loader, sampler, num_images, val_images = together(build_data, args, rank, world)
+    val_images = val_images.to(device)
     torch.manual_seed(args.seed)
+    model, config, unused = together(build_model, args, val_images)
+    tasks = MIX if args.corrupt == "mix" else (args.corrupt,)
 
-    # Pictures: order and crops depend on (seed, epoch, index) alone; each process draws its own corruptions.
-    if world > 1 and rank > 0:
-        dist.barrier()                                                # the first process may have to download
-    train_set, val_set = (data.unlabelled_dataset(args.data, train, args.img_size) for train in (True, False))
-    if world > 1 and rank == 0:
-        dist.barrier()
-    steps_per_epoch = len(train_set) // args.batch_size
-    if steps_per_epoch == 0:
-        sys.exit(f"error: --data {args.data} has {len(train_set)} training pictures, fewer than "
-                 f"--batch_size {args.batch_size}: lower it")
-    sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    crops = data.Transformed(train_set, data.pretrain_transform(args.img_size), args.seed)
-    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
-                        drop_last=True, num_workers=args.num_workers,
-                        persistent_workers=args.num_workers > 0, pin_memory=device.type == "cuda")
-    val_images = data.fixed_images(val_set, args.img_size).to(device)
-
-    # Model. ResNets get GroupNorm instead of BatchNorm (sec. B.3).
-    config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
-              "pool": args.pool, "norm": "group"}
-    backbone = models.build_model(**config)
-    model = EnergyModel(backbone, args.alpha).to(device, memory_format=torch.channels_last)
-    corruptions, kinds = make_corruptions(args), MIX if args.corrupt == "mix" else (args.corrupt,)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    unused = prepare(model, *start(args.corrupt, val_images[:8], generator, corruptions, backbone))
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False     # DDP's buckets would split the graph inside func.grad
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
+                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    checkpoint_path = f"{args.output_dir}/checkpoint.pt"
+    step = 0
+    if resume:
+        states = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        step = together(load_checkpoint, checkpoint_path, "energy_pretrain", args, states)["step"]
 
-    step, run = 0, config | {"corrupt": args.corrupt, "alpha": args.alpha}
-    if args.resume and os.path.exists(checkpoint_path):
-        checkpoint = load_checkpoint(checkpoint_path, "energy_pretrain", run)
-        step = checkpoint["step"]
-        for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(checkpoint[name])
-    total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    steps_per_epoch = num_images // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
     if rank == 0:
         count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
-        print(f"{args.model}: {count:.2f} M weights; frozen, no influence on dE/dx: {', '.join(unused)}\n"
-              f"{len(train_set)} pictures, {steps_per_epoch} steps an epoch; {device.type}, amp {dtype}; "
+        print(f"{args.method} {args.model}: {count:.2f} M weights to train; frozen, without influence on the "
+              f"loss: {', '.join(unused) or 'none'}\n"
+              f"{args.data}: {num_images} images, {steps_per_epoch} steps an epoch; {device.type}, amp "
+              f"{dtype}; "
               f"batch {args.batch_size} = {world} processes x {args.batch_size // world // args.accum_steps} "
               f"x {args.accum_steps} accumulated; peak lr {args.lr:.3g}; from step {step}", flush=True)
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
 
-    start_step, start_time, shown = step, time.time(), time.time()
+    first_step, shown = step, time.time()
+    generator = torch.Generator(device)                               # of the corruptions
     while step < last_step:
         epoch = step // steps_per_epoch
-        sampler.set_epoch(epoch)
-        sampler.skip = step % steps_per_epoch * (args.batch_size // world)  # after a stop by --max_steps
-        batches, epoch_losses, losses = iter(loader), [], []
-        epoch_start, epoch_time, data_time = step, time.time(), 0.0
-        for step in range(step + 1, min((epoch + 1) * steps_per_epoch, last_step) + 1):
+        epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
+        sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
+        batches = iter(loader)
+        epoch_loss, epoch_steps = torch.zeros((), device=device), 0
+        timed_from, start_time, waited = step, time.time(), 0.0
+        while step < epoch_end:
+            # Decision: the rate falls to 0, as MAE's.
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, total_steps, warmup_steps, args.lr)
+                group["lr"] = lr
             generator.manual_seed(data.seed_from(args.seed, step, rank))
-            losses.append(torch.zeros((), device=device))
-            for part in range(args.accum_steps):
-                waiting = time.time()
+            for i in range(args.accum_steps):
+                before = time.time()
                 images = next(batches)[0].to(device, non_blocking=True)
-                data_time += time.time() - waiting
-                x, target, context = start(args.corrupt, images, generator, corruptions, backbone)
-                for n in range(args.energy_steps):
+                waited += time.time() - before
+                x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
+                num_terms = max(1, args.energy_steps)
+                for n in range(num_terms):
                     # The N terms share no graph: each goes backward at once, and memory does not grow with N.
-                    last = part == args.accum_steps - 1 and n == args.energy_steps - 1
-                    with nullcontext() if last or world == 1 else ddp.no_sync():
+                    is_last = i == args.accum_steps - 1 and n == num_terms - 1
+                    with nullcontext() if is_last or world == 1 else ddp.no_sync():
                         with torch.autocast(device.type, dtype, enabled=dtype is not None):
                             loss, x = ddp(x, target, **context)
-                        loss = loss / (args.energy_steps * args.accum_steps)
+                        loss = loss / (num_terms * args.accum_steps)
                         scaler.scale(loss).backward()
-                    losses[-1] += loss.detach()
+                    epoch_loss += loss.detach()
             if args.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            step += 1
+            epoch_steps += 1
 
-            if step == start_step + 1:                                # it warms up and compiles: not timed
-                epoch_start, epoch_time, data_time = step, time.time(), 0.0
             if rank == 0 and time.time() - shown > 10:
-                epoch_losses += check_finite(losses, step)
-                loss, seconds = sum(epoch_losses[-len(losses):]) / len(losses), time.time() - epoch_time
-                left = (time.time() - start_time) / (step - start_step) * (last_step - step)
+                shown = time.time()
+                seconds = (shown - start_time) / (step - timed_from)  # per step
+                loss = require_finite(epoch_loss.item() / epoch_steps, step)
                 print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
-                      f"lr {group['lr']:.2e}  {(step - epoch_start) * args.batch_size / seconds:.1f} img/s  "
-                      f"data {data_time / seconds:.0%}  left {timedelta(seconds=round(left))}", flush=True)
-                losses, shown = [], time.time()
+                      f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
+                      f"data {waited / (shown - start_time):.0%}  "
+                      f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
+            if step == first_step + 1:                                # it warms up and compiles: not timed
+                timed_from, start_time, waited = step, time.time(), 0.0
 
         # The end of an epoch (or of the run): all processes evaluate, the first one writes.
-        epoch_losses += check_finite(losses, step)
-        seconds = time.time() - epoch_time
-        loss = torch.tensor(sum(epoch_losses) / len(epoch_losses) / world, device=device)
+        seconds = time.time() - start_time
+        loss = epoch_loss / (epoch_steps * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, kinds, val_images, corruptions, args, rank, world)
-        if not all(math.isfinite(value) for value in (loss.item(), *measured.values())):
-            sys.exit(f"error: the weights are not finite after step {step}: the last checkpoint is kept; "
-                     "--resume with a lower --lr or with --amp off")
+        measured = evaluate(model, tasks, val_images, args, rank, world)
+        together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": group["lr"],
-                    "img_per_s": round((step - epoch_start) * args.batch_size / seconds, 1),
-                    "data_share": round(data_time / seconds, 3),
+            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
+                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 1),
+                    "data_fraction": round(waited / seconds, 3),
                     "peak_mem_mb": peak_memory_mb(device), **measured}
-            if args.alpha == "learned":
+            if args.method == "energy" and args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+            gains = [measured[f"psnr_{task}_{args.energy_steps}"] - measured[f"psnr_{task}_0"]
+                     for task in tasks if task != "sort"]
+            if args.energy_steps and gains and max(map(abs, gains)) < 0.01:
+                print("warning: the restored images equal the corrupted ones, training has collapsed: "
+                      "start again with a lower --lr", flush=True)
             write_log(args.output_dir, line)
-            save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, kinds,
-                         val_images[::max(1, len(val_images) // 8)], corruptions, args)
-            save({"model": backbone.state_dict(), "config": config | {"mean": data.MEAN, "std": data.STD}},
-                 f"{args.output_dir}/backbone.pt")
-            save({"script": "energy_pretrain", "config": run, "step": step, "model": model.state_dict(),
-                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)},
-                 checkpoint_path)
+            save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, tasks,
+                         val_images[::max(1, len(val_images) // 8)], args)
+            write_file(f"{args.output_dir}/backbone.pt",
+                       partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
+            content = {"script": "energy_pretrain", "config": config, "args": vars(args), "step": step,
+                       "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                       "scaler": scaler.state_dict()}
+            write_file(checkpoint_path, partial(torch.save, content))
     if rank == 0:
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
     if world > 1:
@@ -512,7 +766,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.BadInput as error:      # a loader process wraps it in a traceback, its sentence comes last
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.BadInput: "))
+    run(main)
