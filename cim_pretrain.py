@@ -402,8 +402,9 @@ def train_dvae(args, dataset, val_images, rank, world):
     return dvae
 
 
-def dvae_folder(args, resume):
+def dvae_folder(args):
     """-> the folder whose dvae.pt --tokenizer train uses; None: a dVAE is yet to be trained."""
+    resume = os.path.exists(f"{args.output_dir}/checkpoint.pt")
     if not resume and args.freeze_generator:
         return os.path.dirname(args.freeze_generator) or "."          # it knows only this one's tokens
     if not resume and args.tokenizer_dir:
@@ -423,7 +424,7 @@ def download_dalle(folder):
                                 f"--tokenizer_dir {folder}, or choose --tokenizer train") from None
 
 
-def load_tokenizer(name, folder):
+def read_tokenizer(name, folder):
     """-> the tokenizer of this name from its files in the folder."""
     try:
         if name == "dalle":
@@ -439,7 +440,7 @@ def load_tokenizer(name, folder):
                             "files there (see --tokenizer_dir in --help), or choose another one") from None
 
 
-def build_tokenizer(args, dataset, val_images, rank, world, resume):
+def load_tokenizer(args, dataset, val_images, device, rank, world):
     """-> the frozen tokenizer, on the device of the images; None for generators that need none."""
     if args.tokenizer is None:
         return None
@@ -447,17 +448,17 @@ def build_tokenizer(args, dataset, val_images, rank, world, resume):
         together(download_dalle, args.tokenizer_dir, first_only=True)
     if args.tokenizer == "train":
         # Only process 0 looks for a file, which other machines may not have, and sends what it reads.
-        folder = together(dvae_folder, args, resume, first_only=True)
+        folder = together(dvae_folder, args, first_only=True)
         if folder:
-            tokenizer = together(load_tokenizer, "train", folder, first_only=True)
+            tokenizer = together(read_tokenizer, "train", folder, first_only=True)
         else:
             tokenizer = train_dvae(args, dataset, val_images, rank, world)
         if rank == 0:
             content = {"model": tokenizer.state_dict(), "config": tokenizer.config}
             write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, content))
     else:
-        tokenizer = together(load_tokenizer, args.tokenizer, args.tokenizer_dir)
-    return tokenizer.to(val_images.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        tokenizer = together(read_tokenizer, args.tokenizer, args.tokenizer_dir)
+    return tokenizer.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- data and model
@@ -834,7 +835,7 @@ def main():
     loader, sampler, num_images, val_images = together(build_data, args, rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(args, loader.dataset, val_images, rank, world, resume)
+    tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
     codes = tokenizer.config["codes"] if args.tokenizer else None
     torch.manual_seed(args.seed)
     model, config = together(build_model, args, codes)
@@ -857,6 +858,7 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
+    num_measured = min(64, max(8, last_step * args.batch_size))       # a smoke run is measured on few images
     if rank == 0:
         count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
         print(f"{config['method']} {args.objective} {args.model}: {count:.2f} M weights to train; generator "
@@ -867,9 +869,9 @@ def main():
         line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
         if tokenizer:
             path = f"{args.output_dir}/samples/tokenizer.png"
-            measured = measure_tokenizer(path, tokenizer, val_images, args)
+            measured = measure_tokenizer(path, tokenizer, val_images[:num_measured], args)
             print(f"tokenizer {args.tokenizer}: {measured['tokenizer_psnr']} dB, {measured['codes_used']} of "
-                  f"{codes} codes in use on {len(val_images)} held-out images", flush=True)
+                  f"{codes} codes in use on {num_measured} held-out images at most", flush=True)
             line |= measured
         write_log(args.output_dir, vars(args) | line | {"start_step": step})
 
@@ -927,7 +929,7 @@ def main():
             dist.all_reduce(loss)
             for buffer in model.buffers():                            # BatchNorm's, which differ
                 dist.broadcast(buffer, 0)
-        measured = evaluate(model, val_images, tokenizer, args)
+        measured = evaluate(model, val_images[:num_measured], tokenizer, args)
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,

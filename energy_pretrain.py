@@ -669,6 +669,7 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
+    num_measured = min(64, max(8, last_step * args.batch_size))       # a smoke run is measured on few images
     if rank == 0:
         count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
         print(f"{args.method} {args.model}: {count:.2f} M weights to train; frozen, without influence on the "
@@ -735,7 +736,7 @@ def main():
         loss = epoch_loss / (epoch_steps * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, tasks, val_images, args, rank, world)
+        measured = evaluate(model, tasks, val_images[:num_measured], args, rank, world)
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# One point of the figure: pretrains, fine-tunes, measures on the test images, appends to .study/results.jsonl.
+#
+#   export CIFAR=/path/to/cifar10               # train/CLASS/*.jpg, 50,000 images, and val/CLASS/*.jpg, 10,000
+#   bash .study/run.sh data                     # once: splits the training images into 45,000 and 5,000 held back
+#   bash .study/run.sh CURVE EPOCHS SEED [LR]   # CURVE: see below; EPOCHS: 0.5 = 22,500 crops, 2 = 90,000 ...
+#   SPLIT=held bash .study/run.sh ...           # measures on the 5,000 held-back images instead, to choose a rate
+#
+# Run it from the repository's root. A point that is in results.jsonl is not computed again; one that was killed
+# continues. One thread each: two points run side by side on two cores.
+set -euo pipefail
+export OMP_NUM_THREADS=1
+work=runs/study
+split=${SPLIT:-test}
+python=${PYTHON:-python}
+
+if [ "$1" = data ]; then
+    $python - "$CIFAR" $work/data <<'PY'
+import os, sys
+source, target = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
+def link(split, name, class_name, files):
+    folder = f"{target}/{name}/{class_name}"
+    os.makedirs(folder, exist_ok=True)
+    for file in files:
+        os.symlink(f"{source}/{split}/{class_name}/{file}", f"{folder}/{file}")
+for class_name in sorted(os.listdir(f"{source}/train")):
+    files = sorted(os.listdir(f"{source}/train/{class_name}"))
+    link("train", "train", class_name, files[:-500])                  # 45,000
+    link("train", "half", class_name, files[:-500:2])                 # 22,500 of them
+    link("train", "held", class_name, files[-500:])                   # 5,000
+    link("train", "watch", class_name, files[-500::10])               # 500 of these, to watch training with
+    link("val", "test", class_name, sorted(os.listdir(f"{source}/val/{class_name}")))
+for name, train, val in (("pretrain", "train", "held"), ("pretrain_half", "half", "held"),
+                         ("tune", "train", "watch"), ("tune_held", "train", "held"), ("tune_test", "train", "test")):
+    os.makedirs(f"{target}/{name}", exist_ok=True)
+    os.symlink(f"{target}/{train}", f"{target}/{name}/train")
+    os.symlink(f"{target}/{val}", f"{target}/{name}/val")
+PY
+    exit
+fi
+
+curve=$1 epochs=$2 seed=$3 lr=${4:-}
+vit="--model vit_nano --img_size 32 --patch_size 8"
+resnet="--model resnet_nano --img_size 32 --patch_size 8"
+cim="cim_pretrain.py --tokenizer train --tokenizer_dir $work/tokenizer"
+case $curve in                                                        # script, flags, and the best rate at 2 epochs
+    scratch)         command="" backbone="$vit" ;;
+    scratch_resnet)  command="" backbone="$resnet" ;;
+    energy_sr)       command="energy_pretrain.py $vit --corrupt sr --energy_steps 1" best=3e-3 ;;
+    energy_mix)      command="energy_pretrain.py $vit --corrupt mix --energy_steps 1" best=3e-3 ;;
+    energy_grid)     command="energy_pretrain.py $vit --corrupt grid --energy_steps 1" best=3e-3 ;;
+    energy_resnet)   command="energy_pretrain.py $resnet --corrupt sr --energy_steps 1" best=3e-3 ;;
+    autoencoder_sr)  command="energy_pretrain.py $vit --method autoencoder --corrupt sr" best=3e-3 ;;
+    autoencoder_mix) command="energy_pretrain.py $vit --method autoencoder --corrupt mix" best=3e-3 ;;
+    mae)             command="energy_pretrain.py $vit --method autoencoder --corrupt grid" best=3e-3 ;;
+    respix)          command="$cim $vit" best=3e-3 ;;
+    revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
+    beit)            command="$cim $vit --objective none" best=3e-3 ;;
+    respix_resnet)   command="$cim $resnet" best=3e-3 ;;
+    revdet_resnet)   command="$cim $resnet --objective revdet" best=3e-3 ;;
+    *) echo "unknown curve $curve"; exit 1 ;;
+esac
+lr=${lr:-${best:-0}}
+name=${curve}_${epochs}_${lr}_$seed
+run=$work/$name
+results=.study/results.jsonl
+touch $results
+
+start="$backbone"
+if [ -n "$command" ]; then
+    data=$work/data/pretrain whole_epochs=$epochs
+    if [ "$epochs" = 0.5 ]; then data=$work/data/pretrain_half whole_epochs=1; fi
+    if [[ $command == cim* ]] && [ ! -f $work/tokenizer/dvae.pt ]; then   # one tokenizer for all CIM points
+        $python cim_pretrain.py --data $work/data/pretrain $vit --batch_size 32 --tokenizer train --tokenizer_steps 2000 \
+            --max_steps 1 --num_workers 0 --output_dir $work/tokenizer
+    fi
+    if [ ! -f $run/done ]; then
+        $python $command --data $data --batch_size 32 --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
+            --compile --output_dir $run --resume
+        touch $run/done
+    fi
+    start="--init $run/backbone.pt"
+fi
+
+commit=$(git rev-parse --short HEAD)
+for tune_seed in ${TUNE_SEEDS:-0 1 2}; do
+    for measure in few2 few10 probe; do
+        key="\"curve\": \"$curve\", \"epochs\": $epochs, \"lr\": $lr, \"seed\": $seed, \"split\": \"$split\", \"measure\": \"$measure\", \"tune_seed\": $tune_seed"
+        if grep -qF "$key" $results; then continue; fi
+        case $measure in
+            few2)  tune="--label_fraction 0.0222 --epochs 40" ;;      # 1,000 images
+            few10) tune="--label_fraction 0.1 --epochs 15" ;;         # 4,500
+            probe) tune="--label_fraction 0.1111 --probe linear" ;;   # 5,000
+        esac
+        folder=$run/${measure}_$tune_seed
+        [ -f $folder/done ] || { $python finetune.py --data $work/data/tune $start --recipe short $tune --seed $tune_seed \
+            --num_workers 0 --output_dir $folder --resume > $work/$name.log; touch $folder/done; }
+        measured=$($python finetune.py --data $work/data/tune_$split --eval_only --num_workers 0 \
+            --init $folder/checkpoint.pt | tail -n 1)
+        echo "{$key, \"commit\": \"$commit\", ${measured#\{}" >> $results
+    done
+done
