@@ -47,7 +47,7 @@ WEIGHT = {"respix": 10.0, "revdet": 1.0}          # of the enhancer's loss; the 
 
 def parse_args():
     p = Parser(description="Corrupted Image Modeling (Fang et al., ICLR 2023).",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/ and val/ with images below, or any tree of images")
@@ -110,6 +110,8 @@ def parse_args():
     if not is_beit and (args.objective != "respix" or args.tokenizer or args.sampling != "softmax"):
         p.error(f"--generator {args.generator} has no tokens to sample or to detect: choose --objective "
                 "respix, and leave --tokenizer and --sampling out")
+    if args.objective != "respix" and args.target != "window":
+        p.error("--target is for --objective respix: leave it out")
     if args.objective == "none" and not is_vit:
         p.error(f"--objective none trains the generator alone, a ViT, not {args.model}: choose a ViT")
     if args.freeze_generator and (args.objective == "none" or args.generator == "erase"):
@@ -435,7 +437,7 @@ def read_tokenizer(name, folder):
         dvae = models.DVAE(**saved["config"])
         dvae.load_state_dict(saved["model"])
         return dvae
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise data.BadInput(f"--tokenizer {name} is not in {folder} ({str(error).splitlines()[0]}): put its "
                             "files there (see --tokenizer_dir in --help), or choose another one") from None
 
@@ -475,6 +477,9 @@ def build_data(args, rank, world):
     if args.batch_size % (world * args.accum_steps):
         raise data.BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
                             f"{args.accum_steps} --accum_steps: change one of them")
+    if args.model.startswith("resnet") and args.batch_size == world * args.accum_steps:
+        raise data.BadInput(f"{args.model} has a BatchNorm, which needs at least two images at a time: raise "
+                            "--batch_size, or lower --accum_steps")
     if len(train_set) < args.batch_size:
         raise data.BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
                             f"--batch_size {args.batch_size}: lower it")
@@ -537,7 +542,7 @@ def load_generator(generator, args):
         prefix = "generator."
         generator.load_state_dict({key.removeprefix(prefix): value for key, value
                                    in checkpoint["model"].items() if key.startswith(prefix)})
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()                  # of load_state_dict's list, the last
         raise data.BadInput(f"--freeze_generator {args.freeze_generator} does not fit ({reason}): it wants "
                             "the checkpoint.pt of a CIM run with the same generator") from None
@@ -679,8 +684,8 @@ def init_processes(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and no more processes than a machine has GPUs") from None
     if device.type == "cuda":
@@ -731,9 +736,9 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 def open_output(folder, resume):
     """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
-    if results and not resume:
+    if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            "one, or add --resume to continue that run")
+                            "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
@@ -743,7 +748,7 @@ def open_output(folder, resume):
     except OSError as error:
         raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
                             "choose another") from None
-    return "checkpoint.pt" in results
+    return bool(results)
 
 
 def write_file(path, write):
@@ -775,7 +780,8 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        checkpoint["step"] = int(checkpoint["step"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
                             "needs the script, the flags and the folder of one and the same run") from None
@@ -858,7 +864,7 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    num_measured = min(64, max(8, last_step * args.batch_size))       # a smoke run is measured on few images
+    measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
         count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
         print(f"{config['method']} {args.objective} {args.model}: {count:.2f} M weights to train; generator "
@@ -869,9 +875,9 @@ def main():
         line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
         if tokenizer:
             path = f"{args.output_dir}/samples/tokenizer.png"
-            measured = measure_tokenizer(path, tokenizer, val_images[:num_measured], args)
+            measured = measure_tokenizer(path, tokenizer, measured_images, args)
             print(f"tokenizer {args.tokenizer}: {measured['tokenizer_psnr']} dB, {measured['codes_used']} of "
-                  f"{codes} codes in use on {num_measured} held-out images at most", flush=True)
+                  f"{codes} codes in use on {len(measured_images)} held-out images", flush=True)
             line |= measured
         write_log(args.output_dir, vars(args) | line | {"start_step": step})
 
@@ -929,7 +935,7 @@ def main():
             dist.all_reduce(loss)
             for buffer in model.buffers():                            # BatchNorm's, which differ
                 dist.broadcast(buffer, 0)
-        measured = evaluate(model, val_images[:num_measured], tokenizer, args)
+        measured = evaluate(model, measured_images, tokenizer, args)
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
@@ -940,13 +946,13 @@ def main():
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
                          val_images[::max(1, len(val_images) // 8)][:8], tokenizer, args)
-            write_file(f"{args.output_dir}/backbone.pt",
-                       partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
             content = {"script": "cim_pretrain", "config": config, "args": vars(args), "step": step,
                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "scaler": scaler.state_dict()}
             write_file(checkpoint_path, partial(torch.save, content))
     if rank == 0:
+        write_file(f"{args.output_dir}/backbone.pt",
+                   partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
     if world > 1:
         dist.destroy_process_group()

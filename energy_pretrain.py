@@ -46,7 +46,7 @@ MIX = ("grid", "sr", "denoise", "color")          # what --corrupt mix draws fro
 
 def parse_args():
     p = Parser(description="Energy-inspired pretraining (Wang et al., ICLR 2023).",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/ and val/ with images below, or any tree of images")
@@ -104,8 +104,9 @@ def parse_args():
     is_energy = args.method == "energy"
     if not is_energy and not is_vit:
         p.error(f"--method autoencoder is for ViTs, not {args.model}: choose a ViT, or --method energy")
-    if not is_energy and args.energy_steps is not None:
-        p.error("--energy_steps is for --method energy: an autoencoder restores in one pass, leave it out")
+    if not is_energy and (args.energy_steps is not None or args.alpha != "learned"):
+        p.error("--energy_steps and --alpha are for --method energy: an autoencoder restores in one pass, "
+                "leave them out")
     if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
                 "choose a ViT, and --patch_size 3 or more")
@@ -492,8 +493,8 @@ def init_processes(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and no more processes than a machine has GPUs") from None
     if device.type == "cuda":
@@ -544,9 +545,9 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 def open_output(folder, resume):
     """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
-    if results and not resume:
+    if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            "one, or add --resume to continue that run")
+                            "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
@@ -556,7 +557,7 @@ def open_output(folder, resume):
     except OSError as error:
         raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
                             "choose another") from None
-    return "checkpoint.pt" in results
+    return bool(results)
 
 
 def write_file(path, write):
@@ -588,7 +589,8 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        checkpoint["step"] = int(checkpoint["step"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
                             "needs the script, the flags and the folder of one and the same run") from None
@@ -669,7 +671,7 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    num_measured = min(64, max(8, last_step * args.batch_size))       # a smoke run is measured on few images
+    measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
         count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
         print(f"{args.method} {args.model}: {count:.2f} M weights to train; frozen, without influence on the "
@@ -736,7 +738,7 @@ def main():
         loss = epoch_loss / (epoch_steps * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, tasks, val_images[:num_measured], args, rank, world)
+        measured = evaluate(model, tasks, measured_images, args, rank, world)
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
@@ -754,13 +756,13 @@ def main():
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, tasks,
                          val_images[::max(1, len(val_images) // 8)], args)
-            write_file(f"{args.output_dir}/backbone.pt",
-                       partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
             content = {"script": "energy_pretrain", "config": config, "args": vars(args), "step": step,
                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "scaler": scaler.state_dict()}
             write_file(checkpoint_path, partial(torch.save, content))
     if rank == 0:
+        write_file(f"{args.output_dir}/backbone.pt",
+                   partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
     if world > 1:
         dist.destroy_process_group()

@@ -103,7 +103,7 @@ CLASSIFY_ONLY = ("recipe", "probe", "label_fraction", "head_norm", "label_smooth
 
 def parse_args():
     p = Parser(description="Fine-tuning and evaluation of pretrained backbones.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/CLASS/ and val/CLASS/; to segment, ADE20K's layout")
@@ -641,8 +641,8 @@ def init_processes(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and no more processes than a machine has GPUs") from None
     if device.type == "cuda":
@@ -693,9 +693,9 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 def open_output(folder, resume):
     """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
-    if results and not resume:
+    if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            "one, or add --resume to continue that run")
+                            "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
@@ -705,7 +705,7 @@ def open_output(folder, resume):
     except OSError as error:
         raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
                             "choose another") from None
-    return "checkpoint.pt" in results
+    return bool(results)
 
 
 def write_file(path, write):
@@ -737,7 +737,8 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        checkpoint["step"] = int(checkpoint["step"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
                             "needs the script, the flags and the folder of one and the same run") from None
@@ -917,8 +918,6 @@ def main():
             if args.task == "segment":
                 path = f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png"
                 save_picture(path, model, val_loader.dataset, device)
-            write_file(f"{args.output_dir}/backbone.pt",
-                       partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
             described = config | {key: getattr(args, key, None) for key in HEAD}
             content = {"script": "finetune", "config": described, "args": vars(args), "classes": classes,
                        "step": step, "best": best,
@@ -926,6 +925,8 @@ def main():
                        "scaler": scaler.state_dict()}
             write_file(checkpoint_path, partial(torch.save, content))
     if rank == 0:
+        write_file(f"{args.output_dir}/backbone.pt",
+                   partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         samples = ", samples/" if args.task == "segment" else ""
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl{samples}", flush=True)
     if world > 1:

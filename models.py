@@ -15,6 +15,7 @@ read here, without running any code that a file may contain.
 import argparse
 import contextlib
 import io
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -705,6 +706,8 @@ def open_weights(path):
     """The open file; whatever fails while it is open becomes a ValueError of one sentence."""
     head = b""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
+            raise OSError(0, "not a regular file")
         with open(path, "rb") as file:
             head = file.read(512)
             if head[257:262] == b"ustar":
