@@ -568,10 +568,11 @@ def write_file(path, write):
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            os.remove(path + ".tmp")
         raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier one is kept; "
                             "make room, then --resume") from None
+    finally:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
 
 
 # What may change when a run is resumed. The other arguments decide on the method and the order of images.
@@ -584,13 +585,17 @@ def load_checkpoint(path, script, args, states):
     try:
         checkpoint = models.load_weights_file(path)
         changes = {key: f"--{key} {old}, now {getattr(args, key)}" for key, old in checkpoint["args"].items()
-                   if getattr(args, key, old) != old}
+                   if getattr(args, key, old) != old and key != "resume"}
         conflicts = [text for key, text in changes.items() if key not in MAY_CHANGE]
         if checkpoint["script"] != script or conflicts:
             raise ValueError(f"it is of {checkpoint['script']}.py {'; '.join(conflicts)}")
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
+            if name == "optimizer":                                   # fused AdamW does not check shapes
+                for param, values in state.state.items():
+                    if any(value.ndim and value.shape != param.shape for value in values.values()):
+                        raise ValueError("the optimizer's state has other shapes")
         checkpoint["step"] = int(checkpoint["step"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -636,7 +641,7 @@ def run(main):
             sys.exit(1)
         if "DataLoader worker" not in message:
             raise
-        message += " Lower --num_workers if memory is short, then --resume"
+        message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
         time.sleep(5)                                                 # all have this error, the first says so
         sys.exit(1)
