@@ -465,33 +465,6 @@ def load_tokenizer(args, dataset, val_images, device, rank, world):
 
 # ---------------------------------------------------------------- data and model
 
-def build_data(args, rank, world):
-    """-> (loader, its sampler, number of training images, held-out images (at most 64, 3, H, W)).
-
-    Order and crops depend on (seed, epoch, index) alone, not on the number of processes.
-    """
-    if args.data == "cifar10":
-        together(lambda: len(data.unlabelled_dataset(args.data, True, args.img_size)), first_only=True)
-    train_set = data.unlabelled_dataset(args.data, True, args.img_size)
-    val_set = data.unlabelled_dataset(args.data, False, args.img_size)
-    if args.batch_size % (world * args.accum_steps):
-        raise data.BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
-                            f"{args.accum_steps} --accum_steps: change one of them")
-    if args.model.startswith("resnet") and args.batch_size == world * args.accum_steps:
-        raise data.BadInput(f"{args.model} has a BatchNorm, which needs at least two images at a time: raise "
-                            "--batch_size, or lower --accum_steps")
-    if len(train_set) < args.batch_size:
-        raise data.BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
-                            f"--batch_size {args.batch_size}: lower it")
-    sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    # Decision: the paper does not say how small a crop may be; this is what BEiT's code has.
-    crops = data.Transformed(train_set, data.pretrain_transform(args.img_size, scale=(0.08, 1.0)), args.seed)
-    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
-                        drop_last=True, num_workers=args.num_workers,
-                        persistent_workers=args.num_workers > 0, pin_memory=torch.cuda.is_available())
-    return loader, sampler, len(train_set), data.fixed_images(val_set, args.img_size)
-
-
 def init_as_beit(vit):
     """BEiT's initialisation: normal 0.02, and the last layers of block i smaller by sqrt(2 i)."""
     for param in vit.parameters():
@@ -843,7 +816,11 @@ def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
     resume = together(open_output, args.output_dir, args.resume, first_only=True)
-    loader, sampler, num_images, val_images = together(build_data, args, rank, world)
+    if args.data == "cifar10":
+        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
+    # Decision: the paper does not say how small a crop may be; this is what BEiT's code has.
+    loader, sampler, num_images, val_images = together(
+        data.pretraining_data, args, (0.08, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)

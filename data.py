@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -153,6 +153,15 @@ def find_images(folder):
     return sorted(paths)
 
 
+def cifar10(train=True):
+    """torchvision's CIFAR-10, downloaded into ./data unless it is there. Raises BadInput."""
+    try:
+        return torchvision.datasets.CIFAR10("data", train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"cannot get CIFAR-10 into ./data ({error}): put cifar-10-batches-py there, "
+                       "or give --data a folder of images") from None
+
+
 def unlabelled_dataset(name, train, img_size):
     """The training or the held-out images of "shapes", "cifar10" or a folder. Raises BadInput.
 
@@ -162,11 +171,7 @@ def unlabelled_dataset(name, train, img_size):
     if name == "shapes":
         return Shapes(train, img_size)
     if name == "cifar10":
-        try:
-            return torchvision.datasets.CIFAR10("data", train, download=True)    # does nothing if it is there
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"cannot get CIFAR-10 into ./data ({error}): put cifar-10-batches-py there, "
-                           "or give --data a folder of images") from None
+        return cifar10(train)
     if not os.path.isdir(name):
         raise BadInput(f"--data {name} is no folder: give a folder of images, 'shapes' or 'cifar10'")
     folder = f"{name}/train" if os.path.isdir(f"{name}/train") else name
@@ -379,6 +384,29 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self):
         return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
+
+
+def pretraining_data(args, crop_scale, rank, world):
+    """-> (loader of this process's training crops, its sampler, number of training images, held-out images).
+
+    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. The held-out
+    images are at most 64: (64, 3, H, W). Raises BadInput.
+    """
+    train_set = unlabelled_dataset(args.data, True, args.img_size)
+    val_set = unlabelled_dataset(args.data, False, args.img_size)
+    parts = world * args.accum_steps
+    if args.batch_size % parts:
+        raise BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
+                       f"{args.accum_steps} --accum_steps: change one of them")
+    if len(train_set) < args.batch_size:
+        raise BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
+                       f"--batch_size {args.batch_size}: lower it")
+    crops = Transformed(train_set, pretrain_transform(args.img_size, crop_scale), args.seed)
+    sampler = EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
+    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // parts, drop_last=True,
+                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+                        pin_memory=torch.cuda.is_available())
+    return loader, sampler, len(train_set), fixed_images(val_set, args.img_size)
 
 
 class RepeatingSampler(EpochSampler):

@@ -33,7 +33,6 @@ import torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 
 import data
@@ -339,30 +338,6 @@ def calibrate_and_freeze_unused(model, x, target, context):
 
 # ---------------------------------------------------------------- data and model
 
-def build_data(args, rank, world):
-    """-> (loader, its sampler, number of training images, held-out images (at most 64, 3, H, W)).
-
-    Order and crops depend on (seed, epoch, index) alone, not on the number of processes.
-    """
-    if args.data == "cifar10":
-        together(lambda: len(data.unlabelled_dataset(args.data, True, args.img_size)), first_only=True)
-    train_set = data.unlabelled_dataset(args.data, True, args.img_size)
-    val_set = data.unlabelled_dataset(args.data, False, args.img_size)
-    if args.batch_size % (world * args.accum_steps):
-        raise data.BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
-                            f"{args.accum_steps} --accum_steps: change one of them")
-    if len(train_set) < args.batch_size:
-        raise data.BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
-                            f"--batch_size {args.batch_size}: lower it")
-    sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    # Crops as MAE's: at least a fifth of the image.
-    crops = data.Transformed(train_set, data.pretrain_transform(args.img_size, scale=(0.2, 1.0)), args.seed)
-    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // (world * args.accum_steps),
-                        drop_last=True, num_workers=args.num_workers,
-                        persistent_workers=args.num_workers > 0, pin_memory=torch.cuda.is_available())
-    return loader, sampler, len(train_set), data.fixed_images(val_set, args.img_size)
-
-
 def build_model(args, images):
     """-> (the model, calibrated on some images; its backbone's config; names of the unused weights)."""
     # ResNets get GroupNorm instead of BatchNorm (sec. B.3).
@@ -654,7 +629,11 @@ def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
     resume = together(open_output, args.output_dir, args.resume, first_only=True)
-    loader, sampler, num_images, val_images = together(build_data, args, rank, world)
+    if args.data == "cifar10":
+        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
+    # Crops as MAE's: at least a fifth of the image.
+    loader, sampler, num_images, val_images = together(
+        data.pretraining_data, args, (0.2, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     model, config, unused = together(build_model, args, val_images)

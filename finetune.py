@@ -806,7 +806,7 @@ def main():
         recipe = together(resolve, args, config, world)
         resume = together(open_output, args.output_dir, args.resume, first_only=True)
     if args.data == "cifar10" and args.task == "classify":            # the first process downloads it
-        together(lambda: len(load_labelled(args, train=True)), first_only=True)
+        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
 
     val_loader, classes = together(build_val_data, args, rank, world)
     if args.eval_only:
