@@ -716,11 +716,9 @@ def open_output(folder, resume):
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
         fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise data.BadInput(f"--output_dir {folder} is in use by another run: choose another") from None
     except OSError as error:
-        raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
-                            "choose another") from None
+        reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
+        raise data.BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
     return bool(results)
 
 
@@ -746,25 +744,22 @@ def load_checkpoint(path, script, args, states):
     """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
     try:
         checkpoint = models.load_weights_file(path)
-        changes = {key: f"--{key} {old}, now {getattr(args, key)}" for key, old in checkpoint["args"].items()
-                   if getattr(args, key, old) != old and key != "resume"}
-        conflicts = [text for key, text in changes.items() if key not in MAY_CHANGE]
+        conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
+                     if key not in MAY_CHANGE and getattr(args, key, value) != value]
         if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it is of {checkpoint['script']}.py {'; '.join(conflicts)}")
+            raise ValueError(f"it is of {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
-            if name == "optimizer":                                   # fused AdamW does not check shapes
-                for param, values in state.state.items():
-                    if any(value.ndim and value.shape != param.shape for value in values.values()):
-                        raise ValueError("the optimizer's state has other shapes")
-        checkpoint["step"] = int(checkpoint["step"])
+        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
+            if any(value.ndim and value.shape != param.shape for value in values.values()):
+                raise ValueError("the optimizer's state has other shapes")
+        if not 0 <= checkpoint["step"] < 1e12:
+            raise ValueError(f"it has done {checkpoint['step']} steps")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
                             "needs the script, the flags and the folder of one and the same run") from None
-    if changes and int(os.environ.get("RANK", 0)) == 0:
-        print("changed since the checkpoint:", "; ".join(changes.values()), flush=True)
     return checkpoint
 
 
@@ -785,8 +780,7 @@ def peak_memory_mb(device):
     """Peak memory in MB: what was allocated on the GPU, else what this process held."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # macOS counts bytes
 
 
 def run(main):

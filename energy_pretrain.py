@@ -70,7 +70,7 @@ def parse_args():
       help="the step size: one learned number, or one predicted for each image by a linear head")
     # Decision: the paper's cells of 16 pixels and super-resolution of 16x, at 224/16, follow the patch size.
     g("--mask_cell", type=number(int, 1, 1024), help="pixels a side of a grid cell; None: the patch size")
-    g("--sr_scale", type=number(int, 1, 1024), help="how many times smaller sr makes an image; None: "
+    g("--sr_scale", type=number(int, 2, 1024), help="how many times smaller sr makes an image; None: "
       "the patch size")
     # Decision: the paper tries several ratios and does not say which one mix takes; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
@@ -122,6 +122,9 @@ def parse_args():
                                 ("--sr_scale", args.sr_scale, args.corrupt in ("sr", "mix"))]:
         if used and args.img_size % divisor:
             p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change either")
+    num_cells = (args.img_size // args.mask_cell) ** 2
+    if args.corrupt in ("grid", "mix") and not 0 < round(args.mask_ratio * num_cells) < num_cells:
+        p.error(f"--mask_ratio {args.mask_ratio} blanks none or all of the {num_cells} cells: change it")
     return args
 
 
@@ -203,7 +206,6 @@ class EnergyModel(nn.Module):
 
         Decision: the logistic loss of the difference in energy between an image and its corruption.
         """
-        target = target.expand_as(x)
         return F.softplus(self.energy(target, **context)[0] - self.energy(x, **context)[0]).mean()
 
 
@@ -364,46 +366,64 @@ def build_model(args, images):
 
 # ---------------------------------------------------------------- what is measured and shown
 
+def start_log(args, model, unused, num_images, world, dtype, step):
+    """Prints what the run is going to do, and writes its arguments to log.jsonl."""
+    num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    per_part = args.batch_size // world // args.accum_steps
+    device = next(model.parameters()).device.type
+    print(f"{args.method} {args.model}: {num_weights / 1e6:.2f} M weights to train; frozen, without influence "
+          f"on the loss: {', '.join(unused) or 'none'}\n"
+          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; {device}, amp {dtype}\n"
+          f"batch {args.batch_size} = {world} processes x {per_part} x {args.accum_steps} accumulated; "
+          f"peak lr {args.lr:.3g}; from step {step}", flush=True)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
+
+
 @torch.no_grad()
-def evaluate(model, tasks, images, args, rank, world):
-    """What the model does to fixed held-out images -> {name: number}.
+def evaluate(model, tasks, images, args):
+    """What the model does to fixed held-out images (B, 3, H, W) -> {name: number}.
 
     psnr_TASK_n: dB after n steps, n = 0: corrupted; of the mean squared error of all images, in [0, 1].
     sorted_n: fraction of the patches nearest to their own place. energy_gap_TASK: mean of E(corrupted) -
     E(clean), which the paper wants to be positive.
     """
     results = {}
-    indices = torch.arange(len(images), device=images.device)[rank::world]  # each image in one process
     for task in tasks:
         generator = torch.Generator(images.device).manual_seed(args.seed)
-        x, target, context = corrupt_batch(task, images, generator, model, args)
-        scores = torch.zeros(args.energy_steps + 1, device=images.device)
-        gap = torch.zeros((), device=images.device)
-        for chunk in indices.split(max(1, args.batch_size // (world * args.accum_steps))):
-            x_n, goal = x[chunk], target[chunk]
-            chunk_context = {key: value[chunk] for key, value in context.items()}
+        scores, gaps = [], []
+        for chunk in images.split(16):
+            x, target, context = corrupt_batch(task, chunk, generator, model, args)
             if args.method == "energy":
-                corrupted, clean = (model.energy(z, **chunk_context)[0] for z in (x_n, goal))
-                gap += model.scale * (corrupted - clean).float().sum()
+                energies = [model.energy(z, **context)[0] for z in (x, target)]
+                gaps.append(model.scale * (energies[0] - energies[1]))               # (16,)
+            scores_of_chunk = []
             for n in range(args.energy_steps + 1):
                 if n > 0:
-                    _, x_n = model.forward(x_n, goal, **chunk_context)               # forward: not compiled
+                    _, x = model.forward(x, target, **context)        # forward: not compiled
                 if task == "sort":
-                    score = nearest_position(model.positions, x_n) == chunk_context["keep"]
+                    score = nearest_position(model.positions, x) == context["keep"]
                 else:
-                    score = (data.denormalize(x_n) - data.denormalize(goal)).square()
-                scores[n] += score.float().flatten(1).mean(dim=1).sum()
-        if world > 1:
-            dist.all_reduce(scores)
-            dist.all_reduce(gap)
-        for n, score in enumerate((scores / len(images)).tolist()):
+                    score = (data.denormalize(x) - data.denormalize(target)).square()
+                scores_of_chunk.append(score.float().flatten(1).mean(dim=1))         # (16,)
+            scores.append(torch.stack(scores_of_chunk))               # (N + 1, 16)
+        for n, score in enumerate(torch.cat(scores, dim=1).mean(dim=1).tolist()):
             if task == "sort":
                 results[f"sorted_{n}"] = round(score, 4)
             else:
                 results[f"psnr_{task}_{n}"] = round(-10 * math.log10(max(score, 1e-10)), 2)
-        if args.method == "energy":
-            results[f"energy_gap_{task}"] = round(gap.item() / len(images), 3)
+        if gaps:
+            results[f"energy_gap_{task}"] = round(torch.cat(gaps).float().mean().item(), 3)
     return results
+
+
+def warn_of_collapse(measured, tasks, num_steps):
+    """Says so when the steps no longer change any image."""
+    gains = [measured[f"psnr_{task}_{num_steps}"] - measured[f"psnr_{task}_0"]
+             for task in tasks if task != "sort"]
+    if num_steps and gains and max(map(abs, gains)) < 0.01:
+        print("warning: the restored images equal the corrupted ones, training has collapsed: "
+              "start again with a lower --lr", flush=True)
 
 
 @torch.no_grad()
@@ -529,11 +549,9 @@ def open_output(folder, resume):
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
         fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise data.BadInput(f"--output_dir {folder} is in use by another run: choose another") from None
     except OSError as error:
-        raise data.BadInput(f"cannot write to --output_dir {folder} ({error.strerror}): "
-                            "choose another") from None
+        reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
+        raise data.BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
     return bool(results)
 
 
@@ -559,25 +577,22 @@ def load_checkpoint(path, script, args, states):
     """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
     try:
         checkpoint = models.load_weights_file(path)
-        changes = {key: f"--{key} {old}, now {getattr(args, key)}" for key, old in checkpoint["args"].items()
-                   if getattr(args, key, old) != old and key != "resume"}
-        conflicts = [text for key, text in changes.items() if key not in MAY_CHANGE]
+        conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
+                     if key not in MAY_CHANGE and getattr(args, key, value) != value]
         if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it is of {checkpoint['script']}.py {'; '.join(conflicts)}")
+            raise ValueError(f"it is of {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
             if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
                 state.load_state_dict(checkpoint[name])
-            if name == "optimizer":                                   # fused AdamW does not check shapes
-                for param, values in state.state.items():
-                    if any(value.ndim and value.shape != param.shape for value in values.values()):
-                        raise ValueError("the optimizer's state has other shapes")
-        checkpoint["step"] = int(checkpoint["step"])
+        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
+            if any(value.ndim and value.shape != param.shape for value in values.values()):
+                raise ValueError("the optimizer's state has other shapes")
+        if not 0 <= checkpoint["step"] < 1e12:
+            raise ValueError(f"it has done {checkpoint['step']} steps")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
                             "needs the script, the flags and the folder of one and the same run") from None
-    if changes and int(os.environ.get("RANK", 0)) == 0:
-        print("changed since the checkpoint:", "; ".join(changes.values()), flush=True)
     return checkpoint
 
 
@@ -598,8 +613,7 @@ def peak_memory_mb(device):
     """Peak memory in MB: what was allocated on the GPU, else what this process held."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # macOS counts bytes
 
 
 def run(main):
@@ -659,15 +673,7 @@ def main():
     last_step = min(total_steps, args.max_steps or total_steps)
     measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
-        count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
-        print(f"{args.method} {args.model}: {count:.2f} M weights to train; frozen, without influence on the "
-              f"loss: {', '.join(unused) or 'none'}\n"
-              f"{args.data}: {num_images} images, {steps_per_epoch} steps an epoch; {device.type}, amp "
-              f"{dtype}; "
-              f"batch {args.batch_size} = {world} processes x {args.batch_size // world // args.accum_steps} "
-              f"x {args.accum_steps} accumulated; peak lr {args.lr:.3g}; from step {step}", flush=True)
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
+        start_log(args, model, unused, num_images, world, dtype, step)
 
     first_step, shown = step, time.time()
     generator = torch.Generator(device)                               # of the corruptions
@@ -719,12 +725,12 @@ def main():
             if step == first_step + 1:                                # it warms up and compiles: not timed
                 timed_from, start_time, waited = step, time.time(), 0.0
 
-        # The end of an epoch (or of the run): all processes evaluate, the first one writes.
+        # The end of an epoch, or of the run: the first process evaluates and writes.
         seconds = time.time() - start_time
         loss = epoch_loss / (epoch_steps * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, tasks, measured_images, args, rank, world)
+        measured = evaluate(model, tasks, measured_images, args) if rank == 0 else {}
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
@@ -734,11 +740,7 @@ def main():
             if args.method == "energy" and args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
-            gains = [measured[f"psnr_{task}_{args.energy_steps}"] - measured[f"psnr_{task}_0"]
-                     for task in tasks if task != "sort"]
-            if args.energy_steps and gains and max(map(abs, gains)) < 0.01:
-                print("warning: the restored images equal the corrupted ones, training has collapsed: "
-                      "start again with a lower --lr", flush=True)
+            warn_of_collapse(measured, tasks, args.energy_steps)
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, tasks,
                          val_images[::max(1, len(val_images) // 8)], args)
