@@ -15,7 +15,6 @@ Measured on one core of an AMD EPYC, shared with other work, torch 2.14: after 6
 images in seven minutes. Ridge regression on centre crops of 5,000 training images reaches 41.8 there.
 """
 import argparse
-import colorsys
 import copy
 import fcntl
 import json
@@ -52,19 +51,13 @@ CIM = dict(epochs=200, lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epoch
            cutmix=1.0, randaug=9, erasing=0.25, repeats=1, img_size=224, test_size=224, crop_ratio=0.95)
 # Table 14's rates by the model and objective of --init; 3e-3 for all others. It has "3e-3 or 4e-3" for ViT-S.
 # Decision: REVDET takes the higher one, as with ViT-B.
-CIM_RATES = {("vit_b", "respix"): 3e-3, ("vit_b", "revdet"): 5e-3,
-             ("vit_s", "respix"): 3e-3, ("vit_s", "revdet"): 4e-3}
+CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
 # Energy: "most of the experimental settings follow" MAE (sec. 4), and sec. A.1's table is lost from the text.
 # Decision: 1e-3 at batch 1,024. A transcript of that table calls 1e-3 the *base* rate, which would be 4e-3
 # here by MAE's rule (base x batch / 256). And no new norm before the linear layer, because the paper replaces
 # only that. On 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs, mean of three seeds) none
 # reached 30.3 % top-1, layer 32.1 and batch 35.9.
 ENERGY = CIM | dict(lr=1e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875)
-# Our own, from neither paper: a small model in minutes, which augmentation and slow lower layers would delay;
-# with the head_norm that measured best.
-SHORT = ENERGY | dict(epochs=2, batch_size=32, layer_decay=1.0, head_norm="batch", mixup=0.0, cutmix=0.0,
-                      randaug=0, erasing=0.0)
-RECIPES = {"energy": ENERGY, "cim": CIM, "short": SHORT}
 EPOCHS = {"vit_b": 100, "vit_l": 50}                    # of both papers' recipes; 200 for the other models
 
 # CIM's Table 15, the columns by their epochs. RSB (Wightman et al., 2021) has no random erasing.
@@ -75,10 +68,15 @@ RSB_300 = RSB_100 | dict(epochs=300, label_smoothing=0.0, randaug=7, repeats=3, 
 RSB_600 = RSB_300 | dict(epochs=600, weight_decay=0.01, label_smoothing=0.1, mixup=0.2, drop_path=0.05)
 RSB = {100: RSB_100, 300: RSB_300, 600: RSB_600}
 
+NO_AUGMENTATION = dict(mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
+# Our own, from neither paper: a small model in minutes, which augmentation and slow lower layers would delay;
+# with the head_norm that measured best.
+SHORT = ENERGY | NO_AUGMENTATION | dict(epochs=2, batch_size=32, layer_decay=1.0, head_norm="batch")
+
 # Decision: the papers do not say how they probe. As MAE: crops, flips, 90 epochs, no weight decay, features
 # standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
-PROBE = ENERGY | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0, head_norm="batch",
-                      drop_path=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
+PROBE = ENERGY | NO_AUGMENTATION | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0,
+                                        head_norm="batch", drop_path=0.0, label_smoothing=0.0)
 # Our own, for 5,000 images; with 50,000, --epochs 2 takes as many steps. On 5,000 of CIFAR-10 it ended at
 # 38.4 %, ridge regression on their augmented crops at 39.8, on centre crops at 41.8 (standard error 1.1).
 SHORT_PROBE = PROBE | dict(epochs=20, lr=0.1, batch_size=32)
@@ -95,8 +93,6 @@ SEGMENT_RESNET = SEGMENT | dict(epochs=64, lr=1e-2, weight_decay=5e-4, warmup_ep
 BACKBONE = {"model": "vit_s", "img_size": 224, "patch_size": 16, "pool": "mean", "norm": "batch"}
 # What the config of this script's checkpoint.pt adds. --eval_only takes both from the file, and nothing else.
 HEAD = ("task", "num_classes", "probe", "head_norm", "loss", "label_smoothing", "test_size", "crop_ratio")
-CLASSIFY_ONLY = ("recipe", "probe", "label_fraction", "head_norm", "label_smoothing", "mixup", "cutmix",
-                 "randaug", "erasing")
 
 
 # ---------------------------------------------------------------- arguments
@@ -108,27 +104,21 @@ def parse_args():
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/CLASS/ and val/CLASS/; to segment, ADE20K's layout")
     g("--task", choices=["classify", "segment"], help="what to train for; None: classify")
-    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt, or a state dict of timm, torchvision or "
-      "MAE (with --model); None: from scratch")
-    g("--model", choices=models.MODELS, metavar="NAME",
-      help=f"{', '.join(models.MODELS)}; None: that of --init, else vit_s")
-    g("--img_size", type=number(int, 8, 4096),
-      help="pixels a side; None: that of --init, else 224; to segment 512")
-    g("--patch_size", type=number(int, 1, 256),
-      help="pixels a side of a ViT's patches; None: that of --init, else 16")
-    g("--num_classes", type=number(int, 2, 4096), help="to segment: classes without 0, unlabelled; None: 150")
-    g("--label_fraction", type=number(float, 1e-6, 1), help="train on this fraction of each class's labels, "
-      "such as 0.01 or 0.1; None: on all")
+    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt, or other weights with --model; None: none")
+    g("--model", choices=models.MODELS, help="None: that of --init, else vit_s")
+    g("--img_size", type=number(int, 8, 4096), help="in pixels; None: --init's, else 224; to segment 512")
+    g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; None: --init's, else 16")
+    g("--num_classes", type=number(int, 2, 4096), help="to segment: without 0, unlabelled; None: 150")
+    g("--label_fraction", type=number(float, 1e-6, 1), help="train on this part of each class; None: on all")
 
     g = p.add_argument_group("recipe (None: the recipe's value)").add_argument
-    g("--recipe", choices=[*RECIPES, "rsb"], help="the values of what is not given below; None: that of the "
-      "method that made --init, or energy; rsb (by --epochs) for ResNets; short: small models in minutes")
+    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="None: that of the method that made --init "
+      "or energy, rsb (by --epochs) for ResNets; short: for small models, in minutes")
     g("--probe", choices=["linear", "mlp"], help="train one layer, or three, on the frozen backbone")
     g("--head_norm", choices=["none", "layer", "batch"], help="before the linear layer; none: the pretrained "
       "feature; layer: a new LayerNorm of a ViT's patch mean instead of its last one; batch: for short runs")
     g("--layer_decay", type=number(float, 0.01, 1), help="a ViT block's learning rate over the next one's")
-    g("--drop_path", type=number(float, 0, 0.99),
-      help="probability to skip the last block; falls linearly to 0 in the first")
+    g("--drop_path", type=number(float, 0, 0.99), help="probability to skip the last block; earlier: less")
     g("--label_smoothing", type=number(float, 0, 0.99), help="fraction of a target spread over all classes")
     g("--mixup", type=number(float, 0, 100), help="its alpha; 0: none")
     g("--cutmix", type=number(float, 0, 100), help="its alpha; 0: none; with both, each batch draws one")
@@ -140,8 +130,7 @@ def parse_args():
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: at most a fifth of the epochs")
     g("--batch_size", type=number(int, 1), help="images per optimizer step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
-    g("--lr", type=number(float, 1e-12), 
-      help="peak learning rate; None: the recipe's, scaled with the batch size")
+    g("--lr", type=number(float, 1e-12), help="peak rate; None: the recipe's, scaled with the batch size")
     g("--weight_decay", type=number(float, 0, 10), help="the optimizer's, on matrices and kernels only")
     g("--clip_grad", type=number(float, 0), help="largest norm of the gradient; 0: no clipping")
     g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
@@ -166,30 +155,25 @@ def parse_args():
 
 
 def read_init(path):
-    """--init's file -> (all that it holds, the backbone's state dict, its config of the backbone)."""
+    """--init's file -> (all that it holds, the backbone's state dict, its config). Raises BadInput."""
     if not path:
         return {}, {}, {}
-    advice = "give a backbone.pt, a checkpoint.pt or a state dict"
     try:
         content = models.load_weights_file(path)
-    except ValueError as error:
-        raise data.BadInput(f"--init {error}: {advice}") from None
-    content = content if isinstance(content, dict) else {}
-    weights = content.get("model", content.get("state_dict", content))
-    if not isinstance(weights, dict) or not any(torch.is_tensor(value) for value in weights.values()):
-        raise data.BadInput(f"--init {path} holds no weights: {advice}")
-    weights = {str(key).removeprefix("module."): value for key, value in weights.items()}   # DDP's prefix
-    if any(key.startswith("backbone.") for key in weights):           # the whole model of a checkpoint.pt
-        weights = {key.removeprefix("backbone."): value for key, value in weights.items()
-                   if key.startswith("backbone.")}
+        weights = content.get("model", content.get("state_dict", content))
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}      # DDP's prefix
+    except (AttributeError, ValueError) as error:
+        raise data.BadInput(f"--init {path} holds no weights ({error}): give a backbone.pt, a checkpoint.pt "
+                            "or a state dict") from None
+    # A checkpoint.pt holds the whole model, of which the backbone is a part.
+    backbone = {key.removeprefix("backbone."): value for key, value in weights.items()
+                if key.startswith("backbone.")}
     given = content.get("config")
     given = given if isinstance(given, dict) else {}
+    # The config of a foreign file may have values of other types under these names.
     config = {key: given[key] for key in (*BACKBONE, "method", "objective")
               if given.get(key) and isinstance(given[key], type(BACKBONE.get(key, "")))}
-    # A foreign ResNet does not say how it normalises, but only a BatchNorm has running statistics.
-    if "norm" not in config and not any(key.endswith("running_mean") for key in weights):
-        config["norm"] = "group"
-    return content, weights, config
+    return content, backbone or weights, config
 
 
 def choose_recipe(args, config):
@@ -207,14 +191,15 @@ def choose_recipe(args, config):
         recipe = dict(SEGMENT_RESNET if is_resnet else SEGMENT)
     elif args.probe:
         recipe = dict(SHORT_PROBE if name == "short" else PROBE)
+    elif name == "short":
+        recipe = dict(SHORT)
     elif name == "rsb":                                               # the longest that --epochs reaches
         recipe = dict(RSB[max(epochs for epochs in RSB if epochs <= max(100, args.epochs or 0))])
+    elif name == "cim":
+        lr = CIM_RATES.get((args.model, config.get("objective")), CIM["lr"])
+        recipe = CIM | {"lr": lr, "epochs": EPOCHS.get(args.model, 200)}
     else:
-        recipe = dict(RECIPES[name])
-        if name != "short":
-            recipe["epochs"] = EPOCHS.get(args.model, recipe["epochs"])
-        if name == "cim":
-            recipe["lr"] = CIM_RATES.get((args.model, config.get("objective")), recipe["lr"])
+        recipe = ENERGY | {"epochs": EPOCHS.get(args.model, 200)}
     if not is_vit:                                                    # both are for a ViT's blocks and tokens
         recipe["layer_decay"] = 1.0
         if recipe.get("head_norm") == "layer":
@@ -234,8 +219,8 @@ def choose_recipe(args, config):
     return recipe
 
 
-def take_model_from(content, args):
-    """--eval_only measures the checkpoint as it was trained; a flag that says otherwise is refused."""
+def resolve_from_checkpoint(args, content):
+    """Sets what decides on the model as it is in --init, a checkpoint.pt of this script. Raises BadInput."""
     try:
         config = {key: content["config"][key] for key in (*BACKBONE, *HEAD)}
     except (KeyError, TypeError):
@@ -245,30 +230,30 @@ def take_model_from(content, args):
         if getattr(args, key, None) not in (None, value):
             raise data.BadInput(f"--eval_only measures {args.init} as it was trained, with --{key} {value}: "
                                 f"leave --{key} out")
-    vars(args).update(config)
+        setattr(args, key, value)
 
 
-def resolve(args, config, world):
-    """Sets what no flag gave: the model as in --init's config, the rest by the recipe. -> the recipe."""
+def resolve(args, content, config):
+    """Sets what no flag gave: the model as in --init's config, the rest by the recipe. -> the recipe.
+
+    --eval_only has no recipe. Raises BadInput for a flag that the task does not use.
+    """
+    if args.eval_only:
+        return resolve_from_checkpoint(args, content)
     args.task = args.task or "classify"
     args.model = args.model or config.get("model", BACKBONE["model"])
-    not_for_task = CLASSIFY_ONLY if args.task == "segment" else ("num_classes",)
+    not_for_task = ["num_classes"]
+    if args.task == "segment":
+        not_for_task = ["recipe", "probe", "label_fraction", *(name for name in CIM if name not in SEGMENT)]
     for name in not_for_task:
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             raise data.BadInput(f"--task {args.task} takes no --{name}: leave it out")
-    if args.layer_decay not in (None, 1) and not args.model.startswith("vit"):
-        raise data.BadInput(f"--layer_decay is for ViTs, not {args.model}: leave it out")
-
     recipe = choose_recipe(args, config)
-    values = BACKBONE | {key: config[key] for key in BACKBONE if key in config} | recipe
-    values |= {"num_classes": 150, "output_dir": f"runs/finetune_{args.model}"}
-    vars(args).update({key: value for key, value in values.items() if getattr(args, key, None) is None})
-    if args.model.startswith("vit") and args.img_size % args.patch_size:
-        raise data.BadInput(f"--img_size {args.img_size} is not a multiple of --patch_size "
-                            f"{args.patch_size}: change either")
-    if args.batch_size % (world * args.accum_steps):
-        raise data.BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
-                            f"{args.accum_steps} --accum_steps: change one of them")
+    defaults = BACKBONE | {key: config[key] for key in BACKBONE if key in config} | recipe
+    defaults |= {"num_classes": 150, "output_dir": f"runs/finetune_{args.model}"}
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     return recipe
 
 
@@ -284,6 +269,8 @@ class Classifier(nn.Module):
         bce:  mean over the classes of the binary cross entropy of sigmoid(logits) and target
     """
 
+    num_counts = 4
+
     def __init__(self, backbone, num_classes, probe=None, head_norm="none", loss="ce", label_smoothing=0.0):
         super().__init__()
         self.backbone = backbone
@@ -291,7 +278,6 @@ class Classifier(nn.Module):
         self.probe = probe
         self.loss = loss
         self.label_smoothing = label_smoothing
-        self.num_counts = 4
         width = backbone.width
         # The energy paper replaces "only the linear head" and keeps the pretrained feature (sec. 4).
         # BEiT, on whose code CIM builds, takes the patch mean before the last LayerNorm, and a new LayerNorm.
@@ -345,7 +331,7 @@ class Classifier(nn.Module):
         return torch.stack([loss.new_tensor(len(images)), loss, hits[:, 0].sum(), hits.sum()])
 
     def summary(self, counts):
-        """The sum of all counts -> {name: number}."""
+        """The sum of all counts -> {name: number}, "top1" and "top5" in percent."""
         total, loss, top1, top5 = counts.tolist()
         return {"top1": round(100 * top1 / total, 3), "top5": round(100 * top5 / total, 3),
                 "val_loss": round(loss / total, 4)}
@@ -411,12 +397,14 @@ class Segmenter(nn.Module):
         return torch.cat([pairs.bincount(minlength=self.num_classes ** 2).double(), loss[None]])
 
     def summary(self, counts):
-        """mIoU: the mean over the classes that truth or prediction has anywhere in the validation set."""
+        """The sum of all counts -> {name: number}, "miou" and "pixel_acc" in percent. Raises BadInput.
+
+        mIoU is the mean over the classes that truth or prediction has anywhere in the validation set.
+        """
         confusion = counts[:-1].view(self.num_classes, -1)            # (truth, prediction)
         total = confusion.sum()
         if total == 0:
-            raise data.BadInput("all pixels of the validation masks are 0, unlabelled: check the PNGs in "
-                                "annotations/validation of --data")
+            raise data.BadInput("all pixels of the validation masks are 0, unlabelled: check --data")
         hits = confusion.diag()
         union = confusion.sum(dim=0) + confusion.sum(dim=1) - hits
         return {"miou": round(100 * (hits / union)[union > 0].mean().item(), 3),
@@ -445,6 +433,14 @@ def layer_groups(model, weight_decay, layer_decay):
     return [group for group in groups if group["params"]]
 
 
+def build_optimizer(args, model):
+    """SGD to segment with a ResNet (CIM, sec. 3.2), else AdamW (tables 14 and 15)."""
+    groups = layer_groups(model, args.weight_decay, args.layer_decay)
+    if args.task == "segment" and args.model.startswith("resnet"):
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+
+
 def poly_rate(step, total_steps, warmup_steps, peak, power):
     """Linear warm-up from 0, then down to 0 as (1 - progress) ** power (CIM, sec. 3.2)."""
     if step < warmup_steps:
@@ -454,103 +450,40 @@ def poly_rate(step, total_steps, warmup_steps, peak, power):
 
 # ---------------------------------------------------------------- data and model
 
-def load_labelled(args, train):
-    """The data set of images with labels or masks, as PIL images."""
-    if args.task == "segment":
-        return data.Segmentation(args.data, train, args.num_classes)
-    return data.labelled_dataset(args.data, train, args.img_size)
-
-
-def build_val_data(args, rank, world):
-    """-> (loader of this process's validation images, names of the classes, or None to segment)."""
-    val_set = load_labelled(args, train=False)
-    if args.task == "segment":
-        transform, size = data.segment_transform(args.img_size, train=False), 1
-    else:
-        transform, size = data.center_transform(args.test_size, args.crop_ratio), 64
-    # Each image is in one process only, and in the same batch for any number of processes: a sampler that
-    # pads would count some twice.
-    keys = [(0, index) for index in range(len(val_set))]              # (epoch, index)
-    batches = [keys[i:i + size] for i in range(0, len(keys), size)]
-    loader = DataLoader(data.Transformed(val_set, transform, args.seed), batch_sampler=batches[rank::world],
-                        num_workers=args.num_workers)
-    return loader, getattr(val_set, "classes", None)
-
-
-def build_train_data(args, rank, world):
-    """-> (loader, its sampler, number of training images).
+def build_loader(args, train, rank, world):
+    """-> DataLoader of this process's training or validation images, with labels or masks. Raises BadInput.
 
     Order, crops and augmentation depend on (seed, epoch, index) alone, not on the number of processes.
     """
-    train_set = load_labelled(args, train=True)
-    if args.label_fraction:
-        train_set = Subset(train_set, data.few_labels(train_set.targets, args.label_fraction, args.seed))
-    if len(train_set) < args.batch_size:
-        raise data.BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
-                            f"--batch_size {args.batch_size}: lower it")
     if args.task == "segment":
-        transform = data.segment_transform(args.img_size, train=True)
+        dataset = data.Segmentation(args.data, train, args.num_classes)
+        transform = data.segment_transform(args.img_size, train)
     else:
-        transform = data.finetune_transform(args.img_size, args.randaug, args.erasing)
-    if args.repeats > 1:
-        sampler = data.RepeatingSampler(train_set, world, rank, seed=args.seed, batch_size=args.batch_size,
-                                        repeats=args.repeats, drop_last=True)
-    else:
-        sampler = data.EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    loader = DataLoader(data.Transformed(train_set, transform, args.seed), sampler=sampler, drop_last=True,
-                        batch_size=args.batch_size // (world * args.accum_steps),
-                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-                        pin_memory=torch.cuda.is_available())
-    return loader, sampler, len(train_set)
-
-
-def build_model(args, content, weights, device, world):
-    """-> (the model, its backbone's config, the keys of --init that were not loaded: those of a head)."""
-    config = {key: getattr(args, key) for key in BACKBONE}
-    is_segment = args.task == "segment"
-    head_keys = []
-    try:
-        backbone = models.build_model(**config, drop_rate=args.drop_path or 0.0, dilated=is_segment)
-        if args.init:
-            head_keys = models.load_weights(backbone, weights)
-        if isinstance(backbone, models.ViT):
-            backbone.pos_embed.requires_grad_(True)                   # also where it was fixed (sec. A.1)
-        if is_segment:
-            model = Segmenter(backbone, args.num_classes, args.img_size)
+        dataset = data.labelled_dataset(args.data, train, args.img_size)
+        if train:
+            transform = data.finetune_transform(args.img_size, args.randaug, args.erasing)
         else:
-            model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
-                               args.label_smoothing)
-        if args.eval_only:
-            model.load_state_dict(content["model"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise data.BadInput(f"--init {args.init} does not fit --model {args.model}, --patch_size "
-                            f"{args.patch_size} ({str(error).splitlines()[0]}): give those that it was made "
-                            "with, or another file") from None
-    model = model.to(device, memory_format=torch.channels_last)       # convolutions are faster
-    if not args.eval_only:
-        # A dry step of a copy shows what cannot work: too small an image, or a BatchNorm of a single value.
-        count = min(2, args.batch_size // (world * args.accum_steps))
-        images = torch.zeros(count, 3, args.img_size, args.img_size, device=device)
-        labels = (images[:, 0] if is_segment else images[:, 0, 0, 0]).long()
-        try:
-            with torch.no_grad():
-                copy.deepcopy(model).train()(images, labels)
-        except (RuntimeError, ValueError) as error:
-            raise data.BadInput(f"{args.model} cannot train on batches of {count} at --img_size "
-                                f"{args.img_size} ({str(error).splitlines()[0]}): raise --img_size; if the "
-                                "batch is 1, raise --batch_size or lower --accum_steps") from None
-    if is_segment and world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)        # a GPU's few crops make poor statistics
-    config |= {"mean": data.MEAN, "std": data.STD, "method": "finetune", "objective": args.task}
-    return model, config, head_keys
+            transform = data.center_transform(args.test_size, args.crop_ratio)
+    if not train:
+        # Each image is in one process only, and in the same batch for any number of processes: a sampler
+        # that pads would count some twice.
+        batch_size = 1 if args.task == "segment" else 64              # the masks differ in size
+        keys = [(0, index) for index in range(len(dataset))]          # (epoch, index)
+        batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
+        return DataLoader(data.Transformed(dataset, transform, args.seed), num_workers=args.num_workers,
+                          batch_sampler=batches[rank::world])
 
-
-def build_optimizer(args, model):
-    """SGD to segment with a ResNet (CIM, sec. 3.2), else AdamW (tables 14 and 15)."""
-    groups = layer_groups(model, args.weight_decay, args.layer_decay)
-    if args.task == "segment" and args.model.startswith("resnet"):
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    if args.label_fraction:
+        dataset = Subset(dataset, data.few_labels(dataset.targets, args.label_fraction, args.seed))
+    parts = world * args.accum_steps
+    if args.batch_size % parts or args.batch_size > len(dataset):
+        raise data.BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
+                            f"{args.accum_steps} --accum_steps, and at most the {len(dataset)} training "
+                            f"images of --data {args.data}")
+    sampler = data.RepeatingSampler(dataset, world, rank, args.seed, args.batch_size, args.repeats)
+    return DataLoader(data.Transformed(dataset, transform, args.seed), sampler=sampler, drop_last=True,
+                      batch_size=args.batch_size // parts, num_workers=args.num_workers,
+                      persistent_workers=args.num_workers > 0, pin_memory=torch.cuda.is_available())
 
 
 def build_mixing(args):
@@ -563,9 +496,52 @@ def build_mixing(args):
     return v2.RandomChoice(mixes) if mixes else nn.Identity()
 
 
+def build_data_and_model(args, content, weights, device, rank, world):
+    """-> (loader of validation images, names of the classes or None to segment, model). Raises BadInput."""
+    is_segment = args.task == "segment"
+    try:
+        val_loader = build_loader(args, False, rank, world)
+        classes = val_loader.dataset.dataset.classes
+        args.num_classes = len(classes) if classes else args.num_classes
+        torch.manual_seed(args.seed)
+        backbone = models.build_model(args.model, args.img_size, args.patch_size, args.pool, norm=args.norm,
+                                      drop_rate=args.drop_path or 0.0, dilated=is_segment)
+        if args.init:
+            models.load_weights(backbone, weights)
+        if isinstance(backbone, models.ViT):
+            backbone.pos_embed.requires_grad_(True)                   # also where it was fixed (sec. A.1)
+        if is_segment:
+            model = Segmenter(backbone, args.num_classes, args.img_size)
+        else:
+            model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
+                               args.label_smoothing)
+        model = model.to(device, memory_format=torch.channels_last)   # convolutions are faster
+        if args.eval_only:
+            check_classes(classes, content, args)
+            model.load_state_dict(content["model"])
+        else:
+            # A dry step of a copy shows what cannot work: too small an image, a BatchNorm of a single value.
+            count = min(2, args.batch_size // (world * args.accum_steps))
+            images = torch.zeros(count, 3, args.img_size, args.img_size, device=device)
+            labels = images[:, 0] if is_segment else images[:, 0, 0, 0]
+            with torch.no_grad():
+                copy.deepcopy(model).train()(images, labels.long())
+    # A file whose settings were altered by hand may raise any of these.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if args.eval_only:
+            raise data.BadInput(f"--init {args.init} is damaged ({reason}): give another one") from None
+        raise data.BadInput(f"{args.model}, --init {args.init}, --img_size {args.img_size}, --patch_size "
+                            f"{args.patch_size} and --batch_size {args.batch_size} do not fit together "
+                            f"({reason}): change one of them") from None
+    if is_segment and world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)        # a GPU's few crops make poor statistics
+    return val_loader, classes, model
+
+
 def check_classes(classes, checkpoint, args):
-    """The classes of --data must be those that the checkpoint was trained on."""
-    saved = checkpoint.get("classes")
+    """The classes of --data must be those that the checkpoint was trained on. Raises BadInput."""
+    saved = checkpoint["classes"]
     if saved != classes:
         difference = data.describe_difference(saved or [], classes or [], "the checkpoint", "--data")
         raise data.BadInput(f"--data {args.data} has other classes than the checkpoint ({difference}): give "
@@ -594,21 +570,41 @@ def evaluate(model, loader, device, dtype, world):
 
 @torch.no_grad()
 def save_picture(path, model, dataset, device):
-    """A row for each of up to four validation images: image, truth, prediction; unlabelled is black."""
-    colors = [(0, 0, 0)]
-    for i in range(model.num_classes):
-        colors.append(colorsys.hsv_to_rgb(0.618 * i % 1, 0.8, 1 - 0.35 * (i % 2)))
-    colors = torch.tensor(colors)                                     # (1 + C, 3)
-    model.eval()
+    """A row for each of up to four validation images: image, truth, prediction; unlabelled is black.
+
+    The model is in eval mode, and the dataset yields (image (3, H, W), mask (H, W)) of different sizes.
+    """
+    colors = torch.rand(1 + model.num_classes, 3, generator=torch.Generator().manual_seed(0))
+    colors[0] = 0
     tiles = []
     for i in torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist():
         image, mask = dataset[0, i]
         prediction = model.predict(image[None].to(device))[0].argmax(dim=0).cpu() + 1
-        row = [data.denormalize(image[None])[0], colors[mask].movedim(2, 0), colors[prediction].movedim(2, 0)]
-        size = (tiles or row)[0].shape[1:]                            # all tiles have the first one's
-        tiles += [v2.functional.resize(tile, size) for tile in row]
-    grid = make_grid(tiles, nrow=3, pad_value=1)
-    write_file(path, partial(save_image, grid, format="png"))
+        tiles.append(data.denormalize(image[None])[0])                # (3, H, W)
+        tiles.append(colors[mask].movedim(2, 0))
+        tiles.append(colors[prediction].movedim(2, 0))
+    tiles = [v2.functional.resize(tile, tiles[0].shape[1:]) for tile in tiles]
+    write_file(path, partial(save_image, make_grid(tiles, nrow=3, pad_value=1), format="png"))
+
+
+def save_checkpoint(args, config, classes, step, best, model, optimizer, scaler):
+    """Writes checkpoint.pt: all that --resume and --eval_only need, and what --init takes."""
+    config = config | {key: getattr(args, key, None) for key in HEAD}
+    content = {"script": "finetune", "config": config, "args": vars(args), "classes": classes, "step": step,
+               "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+               "scaler": scaler.state_dict()}
+    write_file(f"{args.output_dir}/checkpoint.pt", partial(torch.save, content))
+
+
+def log_start(args, recipe, model, num_images, step, device, dtype, world):
+    """Prints what is trained, and by which recipe; logs all arguments and the versions."""
+    count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
+    print(f"{args.task} {args.model}: {count:.2f} M weights to train, from {args.init or 'scratch'}\n"
+          f"{', '.join(f'{name} {getattr(args, name)}' for name in recipe)}\n"
+          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
+          f"{world} processes on {device.type}, amp {dtype}; from step {step}", flush=True)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
 
 
 # ---------------------------------------------------------------- helpers, identical in all three scripts
@@ -793,22 +789,13 @@ def run(main):
 def main():
     args = parse_args()
     rank, world, device = init_processes(args.device)
-    content, weights, config = together(read_init, args.init)
-    if args.eval_only:
-        together(take_model_from, content, args)
-    else:
-        recipe = together(resolve, args, config, world)
-        resume = together(open_output, args.output_dir, args.resume, first_only=True)
-    if args.data == "cifar10" and args.task == "classify":            # the first process downloads it
-        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
-
-    val_loader, classes = together(build_val_data, args, rank, world)
-    if args.eval_only:
-        together(check_classes, classes, content, args)
-    args.num_classes = len(classes) if classes else args.num_classes
-    torch.manual_seed(args.seed)
-    model, config, head_keys = together(build_model, args, content, weights, device, world)
     dtype = amp_dtype(args.amp, device)
+    content, weights, init_config = together(read_init, args.init)
+    recipe = together(resolve, args, content, init_config)
+    resume = not args.eval_only and together(open_output, args.output_dir, args.resume, first_only=True)
+    if args.data == "cifar10":
+        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
+    val_loader, classes, model = together(build_data_and_model, args, content, weights, device, rank, world)
     if args.eval_only:
         measured = evaluate(model, val_loader, device, dtype, world)
         if rank == 0:
@@ -817,43 +804,35 @@ def main():
             dist.destroy_process_group()
         return
 
-    loader, sampler, num_images = together(build_train_data, args, rank, world)
+    loader = together(build_loader, args, True, rank, world)
     mix = build_mixing(args)
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checkpoint_path = f"{args.output_dir}/checkpoint.pt"
+    config = {key: getattr(args, key) for key in BACKBONE}            # of backbone.pt
+    config |= {"mean": data.MEAN, "std": data.STD, "method": "finetune", "objective": args.task}
     metric = "miou" if args.task == "segment" else "top1"
     step, best = 0, 0.0                                               # steps done; the best epoch's metric
     if resume:
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        checkpoint = together(load_checkpoint, checkpoint_path, "finetune", args, states)
+        checkpoint = together(load_checkpoint, f"{args.output_dir}/checkpoint.pt", "finetune", args, states)
         together(check_classes, classes, checkpoint, args)
         step, best = checkpoint["step"], checkpoint["best"]
 
-    steps_per_epoch = num_images // args.batch_size
+    steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
     if rank == 0:
-        count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
-        source = f"{args.init} (without {', '.join(head_keys) or 'a head'})" if args.init else "scratch"
-        print(f"{args.task} {args.model}: {count:.2f} M weights to train, from {source}\n"
-              f"{', '.join(f'{key} {getattr(args, key)}' for key in recipe)}\n"
-              f"{args.data}: {num_images} images, {steps_per_epoch} steps an epoch; {device.type}, "
-              f"amp {dtype}; batch {args.batch_size} = {world} processes x "
-              f"{args.batch_size // world // args.accum_steps} x {args.accum_steps} accumulated; "
-              f"peak lr {args.lr:.3g}; from step {step}", flush=True)
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
+        log_start(args, recipe, model, len(loader.dataset), step, device, dtype, world)
 
     first_step, shown = step, time.time()
     while step < last_step:
         epoch = step // steps_per_epoch
         epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
+        loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
         batches = iter(loader)
         epoch_loss, epoch_steps = torch.zeros((), device=device), 0
         timed_from, start_time, waited = step, time.time(), 0.0
@@ -915,19 +894,13 @@ def main():
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
             if args.task == "segment":
-                path = f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png"
-                save_picture(path, model, val_loader.dataset, device)
-            described = config | {key: getattr(args, key, None) for key in HEAD}
-            content = {"script": "finetune", "config": described, "args": vars(args), "classes": classes,
-                       "step": step, "best": best,
-                       "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict()}
-            write_file(checkpoint_path, partial(torch.save, content))
+                save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
+                             val_loader.dataset, device)
+            save_checkpoint(args, config, classes, step, best, model, optimizer, scaler)
     if rank == 0:
         write_file(f"{args.output_dir}/backbone.pt",
                    partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
-        samples = ", samples/" if args.task == "segment" else ""
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl{samples}", flush=True)
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl", flush=True)
     if world > 1:
         dist.destroy_process_group()
 
