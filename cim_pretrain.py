@@ -40,7 +40,7 @@ from torchvision.utils import make_grid, save_image
 import data
 import models
 
-WEIGHT = {"respix": 10.0, "revdet": 1.0}          # of the enhancer's loss; the generator's has 1 (Table 13)
+WEIGHT = {"respix": 10.0, "revdet": 1.0}    # of the enhancer's loss; the generator's has 1 (Table 13)
 
 
 # ---------------------------------------------------------------- arguments
@@ -49,47 +49,41 @@ def parse_args():
     p = Parser(description="Corrupted Image Modeling (Fang et al., ICLR 2023).",
                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
-    g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
-      "a folder: train/ and val/ with images below, or any tree of images")
-    g("--model", default="vit_b", choices=models.MODELS, metavar="NAME",
-      help="the enhancer: " + ", ".join(models.MODELS))
+    g("--data", default="shapes", help="'shapes' (drawn here), 'cifar10' (downloaded) or a folder of images")
+    g("--model", default="vit_b", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g("--img_size", type=number(int, 8, 4096), default=224, help="pixels a side; 32 for CIFAR")
-    g("--patch_size", type=number(int, 1, 256), default=16, help="pixels a side of a patch, which one "
-      "token stands for, in the generator and in a ViT; 4 for CIFAR")
+    g("--patch_size", type=number(int, 1, 256), default=16, help="pixels a side; 4 for CIFAR")
 
     g = p.add_argument_group("method").add_argument
     g("--objective", default="respix", choices=["respix", "revdet", "none"],
-      help="of the enhancer: restore the pixels, or detect replaced tokens; none: the generator is trained "
-      "alone, as BEiT or for --freeze_generator")
+      help="restore the pixels, detect replaced tokens, or train the generator alone (BEiT)")
     g("--target", default="window", choices=["window", "patch", "none"],
-      help="respix: normalise the target in a window around each pixel, in each patch as MAE does, or not")
+      help="respix: normalise the target in a window around each pixel, in each patch, or not")
     g("--generator", default="beit", choices=["beit", "mae", "erase"],
-      help="beit samples tokens, mae pixels (Table 10); erase: random erasing and no generator (sec. 3.3)")
+      help="beit samples tokens, mae pixels (Table 10); erase: random erasing (sec. 3.3)")
     g("--masking", default="random", choices=["random", "block"], help="which patches are masked")
-    g("--mask_ratio", type=number(float, 0.01, 0.99), nargs=2, metavar=("LOW", "HIGH"), help="the masked "
-      "fraction is drawn between these; None: 100 to 120 of 196 patches, and 0.5 for mae and erase")
+    g("--mask_ratio", type=number(float, 0.01, 0.99), nargs=2, metavar=("LOW", "HIGH"),
+      help="fraction masked; None: 100 to 120 of 196 patches, and 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
-      help="how tokens are drawn from what beit predicts; argmax, uniform: the ablations of Table 7")
-    g("--gen_depth", type=number(int, 1, 100), default=4,
-      help="the generator's blocks; the paper takes 4 to 6, BEiT as many as the ViT has")
-    g("--share", type=number(int, 0, 100), default=2, help="blocks that a ViT enhancer shares with the "
-      "generator, besides the patch embedding; 0: nothing is shared")
+      help="how tokens are drawn from beit's predictions (Table 7)")
+    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's blocks; BEiT: as the ViT's")
+    g("--share", type=number(int, 0, 100), default=2,
+      help="blocks that a ViT and the generator share, besides the patch embedding; 0: nothing")
     g("--freeze_generator", metavar="FILE", help="a checkpoint.pt whose generator is used and not trained")
     g("--tokenizer", choices=["dalle", "vqgan", "train"], help="published weights, or a small dVAE trained "
-      "first on the run's own images, if they are small or there is no internet; None: dalle")
-    g("--tokenizer_dir", help="has encoder.pkl and decoder.pkl (downloaded if missing); taming-transformers' "
-      "vqgan_imagenet_f16_1024 as vqgan.ckpt; for train, another run's dvae.pt to use; None: ./tokenizer")
+      "first on the run's own images; None: dalle")
+    g("--tokenizer_dir", help="has encoder.pkl and decoder.pkl (downloaded if missing), vqgan.ckpt, "
+      "or another run's dvae.pt to use; None: ./tokenizer")
     g("--tokenizer_steps", type=number(int, 1), default=1000, help="training steps of --tokenizer train")
 
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=300, help="passes over the training images")
     # Decision: the paper's 10 epochs would be most of a short run.
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10, at most 10%% of the epochs")
-    g("--batch_size", type=number(int, 1), default=2048, help="images per optimizer step, over all processes")
+    g("--batch_size", type=number(int, 1), default=2048, help="images per step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
-    g("--lr", type=number(float, 1e-12), help="peak learning rate; None: the paper's, 1.5e-3 x batch_size / "
-      "2048; vit_nano in a run of minutes wants 2e-3")
-    g("--weight_decay", type=number(float, 0, 10), default=0.05, help="AdamW's, on matrices and kernels only")
+    g("--lr", type=number(float, 1e-12), help="peak rate; None: 1.5e-3 x batch_size / 2048; short runs: 2e-3")
+    g("--weight_decay", type=number(float, 0, 10), default=0.05, help="on matrices and kernels only")
     g("--clip_grad", type=number(float, 0), default=3.0, help="largest norm of the gradient; 0: no clipping")
     g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
     g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops, masks and samples")
@@ -98,7 +92,7 @@ def parse_args():
     g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
       help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
-    g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
+    g("--compile", action="store_true", help="torch.compile the step: slower to start, then faster")
     g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
       help="loader processes of each process")
     g("--output_dir", help="where results go; None: runs/METHOD_MODEL (cim_respix, cim_revdet or beit)")
@@ -106,40 +100,44 @@ def parse_args():
     args = p.parse_args()
 
     is_vit = args.model.startswith("vit")
-    is_beit = args.generator == "beit"
-    if not is_beit and (args.objective != "respix" or args.tokenizer or args.sampling != "softmax"):
+    has_tokens = args.generator == "beit"
+    if not has_tokens and (args.objective != "respix" or args.tokenizer or args.sampling != "softmax"):
         p.error(f"--generator {args.generator} has no tokens to sample or to detect: choose --objective "
                 "respix, and leave --tokenizer and --sampling out")
     if args.objective != "respix" and args.target != "window":
         p.error("--target is for --objective respix: leave it out")
+    if args.freeze_generator and (args.objective == "none" or args.generator == "erase"):
+        p.error("--freeze_generator needs an enhancer to train and a generator to freeze: leave it out")
     if args.objective == "none" and not is_vit:
         p.error(f"--objective none trains the generator alone, a ViT, not {args.model}: choose a ViT")
-    if args.freeze_generator and (args.objective == "none" or args.generator == "erase"):
-        p.error("--freeze_generator needs an enhancer to train and a generator to freeze: leave it out, or "
-                "choose another --objective or --generator")
-    if is_beit:
+    if has_tokens:
         args.tokenizer = args.tokenizer or "dalle"
     if args.tokenizer in ("dalle", "vqgan"):
         args.tokenizer_dir = args.tokenizer_dir or "tokenizer"
-    args.mask_ratio = args.mask_ratio or ([100 / 196, 120 / 196] if is_beit else [0.5, 0.5])
-    num_patches = (args.img_size // args.patch_size) ** 2
-    if args.mask_ratio[0] > args.mask_ratio[1] or args.mask_ratio[0] * num_patches < 0.5:
-        p.error(f"--mask_ratio {args.mask_ratio}: give the lower fraction first, of {num_patches} patches at "
-                "least one")
-    if args.freeze_generator or args.generator == "erase" or args.objective == "none" or not is_vit:
-        args.share = 0                            # shared blocks are a ViT's, and are trained by both losses
-    most = min(args.gen_depth, models.MODELS[args.model][1].get("depth", args.gen_depth))
-    if args.share > most:
-        p.error(f"--share {args.share}: generator and enhancer have at most {most} blocks to share")
+    # Shared layers learn from both losses, so there have to be two.
+    if not is_vit or args.objective == "none" or args.generator == "erase" or args.freeze_generator:
+        args.share = 0
     method = "beit" if args.objective == "none" else f"cim_{args.objective}"
     args.output_dir = args.output_dir or f"runs/{method}_{args.model}"
     args.lr = args.lr or 1.5e-3 * args.batch_size / 2048
-    args.warmup_epochs = min(10, 0.1 * args.epochs) if args.warmup_epochs is None else args.warmup_epochs
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, 0.1 * args.epochs)
+
+    args.mask_ratio = args.mask_ratio or ([100 / 196, 120 / 196] if has_tokens else [0.5, 0.5])
+    low, high = args.mask_ratio
+    num_patches = (args.img_size // args.patch_size) ** 2
+    if low > high or round(low * num_patches) < 1 or (args.masking == "block" and low < 16 / 196):
+        p.error(f"--mask_ratio {low} {high}: give the lower fraction first, of {num_patches} patches at "
+                "least one, and with --masking block at least 16 / 196, BEiT's smallest block")
+
     with torch.device("meta"):
         stride = models.build_model(args.model, patch_size=args.patch_size).stride
     if args.img_size % stride or stride % args.patch_size:
-        p.error(f"{args.model} has stride {stride}: it must divide --img_size {args.img_size} and be "
-                f"a multiple of --patch_size {args.patch_size}")
+        p.error(f"{args.model} has stride {stride}: it must divide --img_size {args.img_size} "
+                f"and be a multiple of --patch_size {args.patch_size}")
+    parts = args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
+    if args.model.startswith("resnet") and args.batch_size <= parts:
+        p.error("a ResNet's BatchNorm needs at least two images at a time: raise --batch_size")
     return args
 
 
@@ -156,7 +154,7 @@ class Generator(nn.Module):
     def __init__(self, vit, num_outputs, max_masked):
         super().__init__()
         self.vit = vit
-        self.max_masked = max_masked                                  # K, of the N patches of an image
+        self.max_masked = max_masked                           # K, of the N patches of an image
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.width))
         self.head = nn.Linear(vit.width, num_outputs)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -169,10 +167,10 @@ class Generator(nn.Module):
         """
         # K positions of every image keep the shapes fixed: the masked ones first, then perhaps a few others.
         positions = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :self.max_masked]
-        x = self.vit.patch_embed(images)                                             # (B, N, dim)
-        x = torch.where(mask[:, :, None], self.mask_token, x)         # Eq. (1): replace(x, m, [MASK])
-        x = self.vit.encode(x)[:, 1:]                                                # (B, N, dim)
-        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))            # (B, K, dim)
+        x = self.vit.patch_embed(images)                       # (B, N, dim)
+        x = torch.where(mask[:, :, None], self.mask_token, x)  # Eq. (1): replace(x, m, [MASK])
+        x = self.vit.encode(x)[:, 1:]                          # (B, N, dim)
+        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))      # (B, K, dim)
         return self.head(x).float(), positions, mask.gather(1, positions)
 
 
@@ -197,28 +195,29 @@ class CIM(nn.Module):
         self.backbone = backbone
         self.generator = generator
         self.args = args
-        if args.objective != "none":
-            # Decision: a cell of the backbone's map emits all that it covers: stride x stride pixels, or
-            # (stride / patch_size)^2 tokens, which are 2 x 2 for a ResNet's stride of 32 and patches of 16.
-            side = backbone.stride if args.objective == "respix" else backbone.stride // args.patch_size
-            channels = 3 if args.objective == "respix" else 1
-            self.head = nn.Conv2d(backbone.width, channels * side ** 2, kernel_size=1)
-            self.unfold = nn.PixelShuffle(side)
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        if args.objective == "none":
+            return
+        # Decision: a cell of the backbone's map emits all that it covers: stride x stride pixels, or
+        # (stride / patch_size)^2 tokens, which are 2 x 2 for a ResNet's stride of 32 and patches of 16.
+        side = backbone.stride if args.objective == "respix" else backbone.stride // args.patch_size
+        channels = 3 if args.objective == "respix" else 1
+        self.head = nn.Conv2d(backbone.width, channels * side ** 2, kernel_size=1)
+        self.unfold = nn.PixelShuffle(side)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def generate_tokens(self, images, golden, mask, sampling):
         """Images (B, 3, H, W), golden tokens (B, N), mask (B, N) with True = masked -> (the generator's loss,
         the tokens with its samples at the masked positions; sampling None: only the loss).
         """
-        logits, positions, masked = self.generator(images, mask)                     # (B, K, codes)
-        golden_there = golden.gather(1, positions)                                   # (B, K)
+        logits, positions, masked = self.generator(images, mask)               # (B, K, codes)
+        golden_there = golden.gather(1, positions)                             # (B, K)
         loss = F.cross_entropy(logits.transpose(1, 2), golden_there, reduction="none")
         loss = (loss * masked).sum() / masked.sum().clamp(min=1)      # -log p(g | x^masked), mean over m
         if sampling is None:
             return loss, None
         with torch.no_grad():
-            if sampling == "softmax":                     # an exponential race draws from the softmax
+            if sampling == "softmax":                          # an exponential race draws from it
                 sampled = (logits.softmax(dim=2) / torch.empty_like(logits).exponential_()).argmax(dim=2)
             elif sampling == "argmax":
                 sampled = logits.argmax(dim=2)
@@ -234,11 +233,11 @@ class CIM(nn.Module):
         whose variance is the mean squared error of this batch, the maximum-likelihood estimate.
         """
         p = self.args.patch_size
-        patches = F.unfold(images, p, stride=p).transpose(1, 2)                      # (B, N, 3 p p)
-        output, positions, masked = self.generator(images, mask)                     # (B, K, 3 p p)
+        patches = F.unfold(images, p, stride=p).transpose(1, 2)                # (B, N, 3 p p)
+        output, positions, masked = self.generator(images, mask)               # (B, K, 3 p p)
         place = positions[:, :, None].expand_as(output)
-        masked = masked[:, :, None]                                                  # (B, K, 1)
-        original = patches.gather(1, place)                                          # (B, K, 3 p p)
+        masked = masked[:, :, None]                                            # (B, K, 1)
+        original = patches.gather(1, place)                                    # (B, K, 3 p p)
         error = (output - original).square().mean(dim=2, keepdim=True)
         loss = (error * masked).sum() / masked.sum().clamp(min=1)
         with torch.no_grad():
@@ -251,11 +250,11 @@ class CIM(nn.Module):
 
         Generators without a tokenizer have None in place of tokens.
         """
-        if self.generator is None:
+        if self.args.generator == "erase":
             # Decision: random erasing is of one rectangle, whose area follows --mask_ratio.
-            loss = torch.zeros((), device=images.device)
-            return loss, None, None, data.mask_random(images, None, count=1, area=self.args.mask_ratio)
-        if tokenizer is None:
+            corrupted = data.mask_random(images, None, count=1, area=self.args.mask_ratio)
+            return torch.zeros((), device=images.device), None, None, corrupted
+        if self.args.generator == "mae":
             loss, corrupted = self.generate_pixels(images, mask)
             return loss, None, None, corrupted
         golden = tokenize(tokenizer, images, self.args.patch_size)
@@ -268,11 +267,11 @@ class CIM(nn.Module):
         return output if self.args.objective == "respix" else output.flatten(1)
 
     def enhancer_loss(self, output, images, golden, tokens):
-        if self.args.objective == "respix":
-            target, _, _ = normalize_target(images, self.args.target, self.args.patch_size)
-            # Sec. A.3: "a combination of l1 and l2 loss". Decision: both weigh 1.
-            return F.l1_loss(output, target) + F.mse_loss(output, target)
-        return F.binary_cross_entropy_with_logits(output, (tokens != golden).float())  # 1 = replaced
+        if self.args.objective == "revdet":
+            return F.binary_cross_entropy_with_logits(output, (tokens != golden).float())
+        target, _, _ = normalize_target(images, self.args.target, self.args.patch_size)
+        # Sec. A.3: "a combination of l1 and l2 loss". Decision: both weigh 1.
+        return F.l1_loss(output, target) + F.mse_loss(output, target)
 
     def forward(self, images, mask, tokenizer):
         """-> the loss (). The tokenizer is an argument and no part of the model: not trained, not saved."""
@@ -301,7 +300,7 @@ def normalize_target(images, target, patch_size):
     """
     if target == "none":
         return images, torch.zeros_like(images), torch.ones_like(images)
-    moments = torch.stack([images, images.square()], dim=1).mean(dim=2)              # (B, 2, H, W)
+    moments = torch.stack([images, images.square()], dim=1).mean(dim=2)        # (B, 2, H, W)
     if target == "window":
         moments = F.avg_pool2d(F.pad(moments, (4, 3, 4, 3), mode="reflect"), 8, stride=1)
     else:
@@ -314,27 +313,27 @@ def normalize_target(images, target, patch_size):
 # ---------------------------------------------------------------- the tokenizer
 # Any frozen module with `stride`, `encode` and `decode` will do: DALL-E's dVAE, VQGAN, or a small dVAE.
 
+def resize(images, size):
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic as BEiT's second view of a crop."""
+    if images.shape[3] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def tokenizer_view(tokenizer, images, patch_size):
     """Normalised images (B, 3, H, W) -> what the tokenizer sees, in [0, 1]: stride x stride pixels a patch.
 
-    Decision: the same crop at another size, bicubic as BEiT's: DALL-E's dVAE, with a stride of 8, sees 112
-    pixels of 224 in patches of 16.
+    Decision: it is the same crop. DALL-E's dVAE, with a stride of 8, sees 112 pixels of 224 in patches of 16.
     """
-    size = images.shape[3] // patch_size * tokenizer.stride
-    images = data.denormalize(images)
-    if size == images.shape[3]:
-        return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return resize(data.denormalize(images), images.shape[3] // patch_size * tokenizer.stride)
 
 
 @torch.no_grad()
 def tokenize(tokenizer, images, patch_size):
     """Normalised images (B, 3, H, W) -> golden tokens (B, N), of N = (H / patch_size)^2 patches.
 
-    Decision: encoder and decoder run under the caller's autocast. bf16 changes 4.0 % of a random full-size
-    dVAE's tokens on photographs, 5.7 % of those of a small one trained on shapes; fp16 0.3 and 0.7 %. These
-    are near ties: the small one's two logits differ by 0.07, where all logits of a position have a deviation
-    of 6.7, and decoded images have the same PSNR (21.14 dB in fp32, 21.15 in bf16).
+    Decision: encoder and decoder run under the caller's autocast. On a small dVAE, bf16 changes 5.7 % of the
+    tokens and fp16 0.7 %. These are near ties: decoded images have the same PSNR (21.14 and 21.15 dB).
     """
     return tokenizer.encode(tokenizer_view(tokenizer, images, patch_size)).flatten(1)
 
@@ -344,74 +343,53 @@ def detokenize(tokenizer, tokens, img_size):
     """Tokens (B, N) -> normalised images (B, 3, img_size, img_size)."""
     grid_size = math.isqrt(tokens.shape[1])
     images = tokenizer.decode(tokens.view(-1, grid_size, grid_size)).float()
-    if images.shape[3] != img_size:
-        images = F.interpolate(images, size=img_size, mode="bicubic", antialias=True).clamp(0, 1)
-    return data.normalize(images)
+    return data.normalize(resize(images, img_size))
 
 
-class DVAETraining(nn.Module):
-    """The loss that trains a small dVAE (Ramesh et al., 2021, sec. 2.1)."""
-
-    def __init__(self, dvae):
-        super().__init__()
-        self.dvae = dvae
-
-    def forward(self, images, temperature):
-        logits = self.dvae.encode_logits(images)                                     # (B, codes, h, w)
-        restored = self.dvae.decode(F.gumbel_softmax(logits, temperature, dim=1))
-        # Differs from DALL-E: the KL divergence to uniform is that of the codes' mean use, not of each
-        # position's distribution, which in short runs leaves a handful of codes in use.
-        use = logits.softmax(dim=1).mean(dim=(0, 2, 3)).clamp(min=1e-8)              # (codes,)
-        divergence = math.log(len(use)) - torch.special.entr(use).sum()
-        return F.mse_loss(restored, images) + 0.01 * divergence
+def dvae_loss(dvae, images, temperature):
+    """The loss of a dVAE (Ramesh et al., 2021, sec. 2.1) for images (B, 3, H, W) in [0, 1]."""
+    logits = dvae.encode_logits(images)                                        # (B, codes, h, w)
+    restored = dvae.decode(F.gumbel_softmax(logits, temperature, dim=1))
+    # Differs from DALL-E: the KL divergence to uniform is that of the codes' mean use, not of each
+    # position's distribution, which in short runs leaves a handful of codes in use.
+    use = logits.softmax(dim=1).mean(dim=(0, 2, 3)).clamp(min=1e-8)            # (codes,)
+    divergence = math.log(len(use)) - torch.special.entr(use).sum()
+    return F.mse_loss(restored, images) + 0.01 * divergence
 
 
-def train_dvae(args, dataset, val_images, rank, world):
-    """-> a small DVAE, trained on the run's own images, with the same weights in all processes."""
+def train_dvae(args, dataset, val_images):
+    """-> a small DVAE, trained on crops of the dataset; val_images set the scale of its logits."""
     dvae = models.DVAE(codes=128, width=16, embed_width=64, blocks=1).to(val_images.device)
-    model = DVAETraining(dvae)
     with torch.no_grad():
         # A fresh encoder gives nearly the same code everywhere. Decision: its last layer is scaled once, so
         # that each code's logit has mean 0 and standard deviation 4: all codes are in use from the start.
         logits = dvae.encode_logits(tokenizer_view(dvae, val_images, args.patch_size))
-        gain = 4 / logits.std(dim=(0, 2, 3)).clamp(min=1e-3)                         # (codes,)
+        gain = 4 / logits.std(dim=(0, 2, 3)).clamp(min=1e-3)                   # (codes,)
         output = dvae.encoder["blocks"]["output"]["conv"]
         output.w *= gain.view(-1, 1, 1, 1)
         output.b.copy_(-gain * logits.mean(dim=(0, 2, 3)))
-    ddp = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=1e-4)
-    sampler = data.EpochSampler(dataset.dataset, world, rank, seed=args.seed)
-    loader = DataLoader(dataset, max(1, 32 // world), sampler=sampler, num_workers=args.num_workers)
+    optimizer = torch.optim.AdamW(dvae.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    sampler = data.EpochSampler(dataset.dataset, 1, 0, seed=args.seed)
+    loader = DataLoader(dataset, 32, sampler=sampler, num_workers=args.num_workers)
     for step in range(args.tokenizer_steps):
         if step % len(loader) == 0:
             sampler.set_epoch(step // len(loader))
             batches = iter(loader)
         lr = learning_rate(step, args.tokenizer_steps, args.tokenizer_steps // 20, 3e-3)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         # Gumbel-softmax: from soft to nearly one-hot, as DALL-E's.
         progress = min(1.0, step / (0.8 * args.tokenizer_steps))
         temperature = 1 / 16 + (1 - 1 / 16) * 0.5 * (1 + math.cos(math.pi * progress))
-        torch.manual_seed(data.seed_from(args.seed, step, rank))
+        torch.manual_seed(data.seed_from(args.seed, step, 0))
         images = next(batches)[0].to(val_images.device)
-        loss = ddp(tokenizer_view(dvae, images, args.patch_size), temperature)
+        loss = dvae_loss(dvae, tokenizer_view(dvae, images, args.patch_size), temperature)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(dvae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if rank == 0 and (step % 100 == 99 or step + 1 == args.tokenizer_steps):
+        if step % 100 == 99 or step + 1 == args.tokenizer_steps:
             print(f"tokenizer  step {step + 1}/{args.tokenizer_steps}  loss {loss.item():.4f}", flush=True)
     return dvae
-
-
-def dvae_folder(args):
-    """-> the folder whose dvae.pt --tokenizer train uses; None: a dVAE is yet to be trained."""
-    resume = os.path.exists(f"{args.output_dir}/checkpoint.pt")
-    if not resume and args.freeze_generator:
-        return os.path.dirname(args.freeze_generator) or "."          # it knows only this one's tokens
-    if not resume and args.tokenizer_dir:
-        return args.tokenizer_dir
-    return args.output_dir if resume or os.path.exists(f"{args.output_dir}/dvae.pt") else None
 
 
 def download_dalle(folder):
@@ -433,31 +411,34 @@ def read_tokenizer(name, folder):
             return models.load_dalle(f"{folder}/encoder.pkl", f"{folder}/decoder.pkl")
         if name == "vqgan":
             return models.load_vqgan(f"{folder}/vqgan.ckpt")
-        saved = models.load_weights_file(f"{folder}/dvae.pt")
-        dvae = models.DVAE(**saved["config"])
-        dvae.load_state_dict(saved["model"])
-        return dvae
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise data.BadInput(f"--tokenizer {name} is not in {folder} ({str(error).splitlines()[0]}): put its "
+        return models.load_dvae(models.load_weights_file(f"{folder}/dvae.pt")["model"])
+    except Exception as error:                  # of many types, for a file with other content
+        raise data.BadInput(f"--tokenizer {name} is not in {folder} ({models.last_line(error)}): put its "
                             "files there (see --tokenizer_dir in --help), or choose another one") from None
 
 
+def read_or_train_dvae(args, dataset, val_images):
+    """-> the dVAE of --tokenizer train, which is also written to the output folder."""
+    folder = args.tokenizer_dir
+    if args.freeze_generator:
+        folder = os.path.dirname(args.freeze_generator) or "."        # its tokens are all that it knows
+    if os.path.exists(f"{args.output_dir}/checkpoint.pt"):
+        folder = args.output_dir                                      # the run is resumed
+    dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images)
+    content = {"model": dvae.state_dict(), "config": dvae.config}
+    write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, content))
+    return dvae.cpu()
+
+
 def load_tokenizer(args, dataset, val_images, device, rank, world):
-    """-> the frozen tokenizer, on the device of the images; None for generators that need none."""
+    """-> the frozen tokenizer on the device; None for generators that need none."""
     if args.tokenizer is None:
         return None
     if args.tokenizer == "dalle":
         together(download_dalle, args.tokenizer_dir, first_only=True)
     if args.tokenizer == "train":
-        # Only process 0 looks for a file, which other machines may not have, and sends what it reads.
-        folder = together(dvae_folder, args, first_only=True)
-        if folder:
-            tokenizer = together(read_tokenizer, "train", folder, first_only=True)
-        else:
-            tokenizer = train_dvae(args, dataset, val_images, rank, world)
-        if rank == 0:
-            content = {"model": tokenizer.state_dict(), "config": tokenizer.config}
-            write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, content))
+        # Process 0 trains it, or reads a file that other machines may not have, and sends it to all.
+        tokenizer = together(read_or_train_dvae, args, dataset, val_images, first_only=True)
     else:
         tokenizer = together(read_tokenizer, args.tokenizer, args.tokenizer_dir)
     return tokenizer.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -468,41 +449,31 @@ def load_tokenizer(args, dataset, val_images, device, rank, world):
 def init_as_beit(vit):
     """BEiT's initialisation: normal 0.02, and the last layers of block i smaller by sqrt(2 i)."""
     for param in vit.parameters():
-        if param.dim() > 1:                                           # all but biases and LayerNorms
+        if param.dim() > 1:                                    # all but biases and LayerNorms
             nn.init.trunc_normal_(param, std=0.02)
     for i, block in enumerate(vit.blocks, 1):
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.data /= math.sqrt(2 * i)
+        block.attn.proj.weight.data /= math.sqrt(2 * i)
+        block.mlp.fc2.weight.data /= math.sqrt(2 * i)
 
 
-def build_model(args, codes):
-    """-> (the CIM model for a tokenizer with so many codes, or None; the config of its backbone)."""
-    size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
-    config = {"model": args.model, **size, "norm": "batch"}
-    backbone = models.build_model(**config)
-    is_vit = isinstance(backbone, models.ViT)
-    if is_vit:
-        init_as_beit(backbone)
-    generator = None
-    if args.generator != "erase":
-        # As wide as a ViT enhancer; for others 384 (Table 13), as vit_s. Decision: 96 for resnet_nano.
-        template = args.model if is_vit else {"resnet_nano": "vit_nano"}.get(args.model, "vit_s")
-        vit = models.ViT(**models.MODELS[template][1] | {"depth": args.gen_depth}, **size)
-        init_as_beit(vit)
-        if args.share:                                                # sec. 3.3, Table 5
-            vit.patch_embed = backbone.patch_embed
-            for i in range(args.share):
-                vit.blocks[i] = backbone.blocks[i]
-        if args.objective == "none":
-            backbone = vit
-        max_masked = round(args.mask_ratio[1] * (args.img_size // args.patch_size) ** 2)
-        generator = Generator(vit, codes or 3 * args.patch_size ** 2, max_masked)
-        if args.freeze_generator:
-            load_generator(generator, args)
-            generator.requires_grad_(False)
-    config |= {"mean": data.MEAN, "std": data.STD, "objective": args.objective,
-               "method": "beit" if args.objective == "none" else "cim"}
-    return CIM(backbone, generator, args), config
+def build_generator(args, backbone, size, codes):
+    """-> the Generator for these codes (None: for pixels), which may share layers with the backbone."""
+    # As wide as a ViT enhancer; for others 384 (Table 13), as vit_s. Decision: 96 for resnet_nano.
+    template = args.model
+    if not isinstance(backbone, models.ViT):
+        template = "vit_nano" if args.model == "resnet_nano" else "vit_s"
+    vit = models.ViT(**models.MODELS[template][1] | {"depth": args.gen_depth}, **size)
+    init_as_beit(vit)
+    if args.share:                                             # sec. 3.3, Table 5
+        vit.patch_embed = backbone.patch_embed
+        for i in range(min(args.share, len(vit.blocks), len(backbone.blocks))):
+            vit.blocks[i] = backbone.blocks[i]
+    max_masked = round(args.mask_ratio[1] * (args.img_size // args.patch_size) ** 2)
+    generator = Generator(vit, codes or 3 * args.patch_size ** 2, max_masked)
+    if args.freeze_generator:
+        load_generator(generator, args)
+        generator.requires_grad_(False)
+    return generator
 
 
 def load_generator(generator, args):
@@ -512,13 +483,28 @@ def load_generator(generator, args):
         for key in ("img_size", "patch_size", "gen_depth", "generator", "tokenizer"):
             if checkpoint["args"][key] != getattr(args, key):
                 raise ValueError(f"--{key} was {checkpoint['args'][key]}, and is {getattr(args, key)} here")
-        prefix = "generator."
-        generator.load_state_dict({key.removeprefix(prefix): value for key, value
-                                   in checkpoint["model"].items() if key.startswith(prefix)})
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()                  # of load_state_dict's list, the last
-        raise data.BadInput(f"--freeze_generator {args.freeze_generator} does not fit ({reason}): it wants "
-                            "the checkpoint.pt of a CIM run with the same generator") from None
+        state = {key.removeprefix("generator."): value for key, value in checkpoint["model"].items()
+                 if key.startswith("generator.")}
+        models.load_finite(generator, state)
+    except Exception as error:                  # of many types, for a file with other content
+        raise data.BadInput(f"--freeze_generator {args.freeze_generator} does not fit "
+                            f"({models.last_line(error)}): it wants the checkpoint.pt of a CIM run with "
+                            "the same generator") from None
+
+
+def build_model(args, codes):
+    """-> (the CIM model for a tokenizer with so many codes, or None; the config of its backbone)."""
+    size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
+    config = {"model": args.model, **size, "norm": "batch"}
+    backbone = models.build_model(**config)
+    if isinstance(backbone, models.ViT):
+        init_as_beit(backbone)
+    generator = None if args.generator == "erase" else build_generator(args, backbone, size, codes)
+    if args.objective == "none":
+        backbone = generator.vit
+    config |= {"mean": data.MEAN, "std": data.STD, "objective": args.objective,
+               "method": "beit" if args.objective == "none" else "cim"}
+    return CIM(backbone, generator, args), config
 
 
 # ---------------------------------------------------------------- what is measured and shown
@@ -529,6 +515,31 @@ def psnr(images, reference):
     return -10 * math.log10(max(error, 1e-10))
 
 
+def start_log(args, model, config, tokenizer, images, num_images, world, dtype, step):
+    """Prints what the run is going to do, and writes its arguments to log.jsonl.
+
+    Also what the tokenizer makes of the held-out images: samples/tokenizer.png, PSNR, codes in use.
+    """
+    num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    per_part = args.batch_size // world // args.accum_steps
+    print(f"{config['method']} {args.objective} {args.model}: {num_weights / 1e6:.2f} M weights to train; "
+          f"generator {args.generator}\n"
+          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
+          f"{images.device.type}, amp {dtype}\n"
+          f"batch {args.batch_size} = {world} processes x {per_part} x {args.accum_steps} accumulated; "
+          f"peak lr {args.lr:.3g}; from step {step}", flush=True)
+    line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
+    if tokenizer:
+        tokens = torch.cat([tokenize(tokenizer, x, args.patch_size) for x in images.split(16)])
+        restored = torch.cat([detokenize(tokenizer, x, args.img_size) for x in tokens.split(16)])
+        write_grid(f"{args.output_dir}/samples/tokenizer.png", [images[:8], restored[:8]])
+        line["tokenizer_psnr"] = round(psnr(restored, images), 2)
+        line["codes_used"] = len(tokens.unique())
+        print(f"tokenizer {args.tokenizer}: {line['tokenizer_psnr']} dB, {line['codes_used']} of "
+              f"{tokenizer.config['codes']} codes in use on {len(images)} held-out images", flush=True)
+    write_log(args.output_dir, vars(args) | line | {"start_step": step})
+
+
 def area_under_curve(scores, labels):
     """AUC: how often a positive (label True) scores above a negative, ties counted half."""
     # On the CPU: Apple's GPUs have no float64.
@@ -536,14 +547,6 @@ def area_under_curve(scores, labels):
     positive, negative = scores[labels], scores[~labels].sort().values
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
     return (below.double().mean() / (2 * len(negative))).item()
-
-
-def measure_tokenizer(path, tokenizer, images, args):
-    """Writes a picture of images and what the tokenizer makes of them. -> {name: number}, to judge it by."""
-    tokens = torch.cat([tokenize(tokenizer, x, args.patch_size) for x in images.split(16)])
-    restored = torch.cat([detokenize(tokenizer, x, args.img_size) for x in tokens.split(16)])
-    write_grid(path, [images[:8], restored[:8]])
-    return {"tokenizer_psnr": round(psnr(restored, images), 2), "codes_used": len(tokens.unique())}
 
 
 @torch.no_grad()
@@ -561,18 +564,22 @@ def evaluate(model, images, tokenizer, args):
     for x in images.split(16):
         mask = draw_mask(len(x), args, x.device)
         gen_loss, golden, tokens, corrupted = model.corrupt(x, mask, tokenizer)
-        best = None if golden is None else model.generate_tokens(x, golden, mask, "argmax")[1]
-        output = None if args.objective == "none" else model.enhance(corrupted)
-        chunks.append((gen_loss.view(1), mask, golden, tokens, best, corrupted, output))
-    gen_loss, mask, golden, tokens, best, corrupted, output = (
-        None if chunk[0] is None else torch.cat(chunk) for chunk in zip(*chunks))
+        chunk = {"mask": mask, "gen_loss": gen_loss.view(1), "corrupted": corrupted}
+        if golden is not None:
+            best = model.generate_tokens(x, golden, mask, "argmax")[1]
+            chunk |= {"golden": golden, "tokens": tokens, "best": best}
+        if args.objective != "none":
+            chunk["output"] = model.enhance(corrupted)
+        chunks.append(chunk)
+    whole = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    mask, golden, tokens, output = (whole.get(name) for name in ("mask", "golden", "tokens", "output"))
 
-    results = {"psnr_corrupted": psnr(corrupted, images)}
-    if model.generator is not None:
-        results["gen_loss"] = gen_loss.mean().item()
+    results = {"psnr_corrupted": psnr(whole["corrupted"], images)}
+    if args.generator != "erase":
+        results["gen_loss"] = whole["gen_loss"].mean().item()
     if golden is not None:
         replaced = tokens != golden
-        results["gen_acc"] = (best == golden)[mask].float().mean().item()
+        results["gen_acc"] = (whole["best"] == golden)[mask].float().mean().item()
         results["replaced"] = replaced[mask].float().mean().item()
     if args.objective != "none":
         results[f"{args.objective}_loss"] = model.enhancer_loss(output, images, golden, tokens).item()
@@ -601,21 +608,22 @@ def save_picture(path, model, images, tokenizer, args):
     mask = draw_mask(len(images), args, images.device)
     grid_size = args.img_size // args.patch_size
 
-    def enlarge(values):                                              # (B, N) -> (B, 1, H, W)
-        return F.interpolate(values.float().view(-1, 1, grid_size, grid_size), scale_factor=args.patch_size)
+    def enlarge(values):                                       # (B, N) -> (B, 1, H, W)
+        values = values.float().view(-1, 1, grid_size, grid_size)
+        return F.interpolate(values, scale_factor=args.patch_size)
 
     columns = [images]
-    if model.generator is not None:
+    if args.generator != "erase":
         columns.append(images * (1 - enlarge(mask)))
-    for _ in range(1 if model.generator is None else 3):
+    for _ in range(1 if args.generator == "erase" else 3):
         _, golden, tokens, corrupted = model.corrupt(images, mask, tokenizer)
         columns.append(corrupted)
     if args.objective == "respix":
         _, mean, std = normalize_target(images, args.target, args.patch_size)
-        columns.append(model.enhance(corrupted) * std + mean)         # the original's statistics (sec. A.2)
+        columns.append(model.enhance(corrupted) * std + mean)  # the original's statistics (sec. A.2)
     if args.objective == "revdet":
-        columns += [data.normalize(enlarge(x).expand_as(images))
-                    for x in (tokens != golden, model.enhance(corrupted).sigmoid())]
+        for values in (tokens != golden, model.enhance(corrupted).sigmoid()):
+            columns.append(data.normalize(enlarge(values).expand_as(images)))
     write_grid(path, columns)
 
 
@@ -818,7 +826,7 @@ def main():
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
-    codes = tokenizer.config["codes"] if args.tokenizer else None
+    codes = tokenizer.config["codes"] if tokenizer else None
     torch.manual_seed(args.seed)
     model, config = together(build_model, args, codes)
     model = model.to(device, memory_format=torch.channels_last)
@@ -842,20 +850,7 @@ def main():
     last_step = min(total_steps, args.max_steps or total_steps)
     measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
-        count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
-        print(f"{config['method']} {args.objective} {args.model}: {count:.2f} M weights to train; generator "
-              f"{args.generator}\n{args.data}: {num_images} images, {steps_per_epoch} steps an epoch; "
-              f"{device.type}, amp {dtype}; batch {args.batch_size} = {world} processes x "
-              f"{args.batch_size // world // args.accum_steps} x {args.accum_steps} accumulated; "
-              f"peak lr {args.lr:.3g}; from step {step}", flush=True)
-        line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
-        if tokenizer:
-            path = f"{args.output_dir}/samples/tokenizer.png"
-            measured = measure_tokenizer(path, tokenizer, measured_images, args)
-            print(f"tokenizer {args.tokenizer}: {measured['tokenizer_psnr']} dB, {measured['codes_used']} of "
-                  f"{codes} codes in use on {len(measured_images)} held-out images", flush=True)
-            line |= measured
-        write_log(args.output_dir, vars(args) | line | {"start_step": step})
+        start_log(args, model, config, tokenizer, measured_images, num_images, world, dtype, step)
 
     first_step, shown = step, time.time()
     while step < last_step:
@@ -904,14 +899,12 @@ def main():
             if step == first_step + 1:                                # it warms up and compiles: not timed
                 timed_from, start_time, waited = step, time.time(), 0.0
 
-        # The end of an epoch (or of the run): all processes evaluate the same images, the first one writes.
+        # The end of an epoch, or of the run: the first process evaluates and writes.
         seconds = time.time() - start_time
         loss = epoch_loss / (epoch_steps * world)
         if world > 1:
             dist.all_reduce(loss)
-            for buffer in model.buffers():                            # BatchNorm's, which differ
-                dist.broadcast(buffer, 0)
-        measured = evaluate(model, measured_images, tokenizer, args)
+        measured = evaluate(model, measured_images, tokenizer, args) if rank == 0 else {}
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,

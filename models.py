@@ -1,24 +1,23 @@
 """Backbones and image tokenizers as plain nn.Modules that know nothing of the method that trains them.
 
-The backbones are ViT, ResNet, ConvNeXt-T and Swin-T. All have the same two methods and two numbers:
+The backbones ViT, ResNet, ConvNeXt-T and Swin-T have the attributes `width` and `stride`, and two methods:
 
-    forward(images)      (B, 3, H, W) -> (B, width)                          one pooled feature per image
+    forward(images)      (B, 3, H, W) -> (B, width)                            one pooled feature per image
     forward_map(images)  (B, 3, H, W) -> (B, width, H // stride, W // stride)  the dense feature map
 
-H and W are multiples of `stride`, for ViT those of `img_size`. ViT uses timm's parameter names and ResNet
-torchvision's, so that weights move in both directions; ConvNeXt-T and Swin-T are torchvision's own classes
-without the classifier.
+H and W are multiples of `stride`; a ViT takes only images of its `img_size`. Parameter names are timm's (ViT)
+and torchvision's (the others), so that weights move in both directions.
 
 The tokenizers, DVAE (DALL-E's) and VQGAN, map images to grids of integers and back. Files of weights are
 read here, without running any code that a file may contain.
 """
 import argparse
-import contextlib
 import io
 import os
 import pickle
 import re
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +52,6 @@ def resize_pos_embed(pos_embed, grid_size):
     grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()             # (1, dim, side, side)
     grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=True)
     return torch.cat([cls.float(), grid.flatten(2).transpose(1, 2)], dim=1)        # (1, 1 + M, dim)
-
-
-def drop_path(rate):
-    """Stochastic depth (Huang et al., 2016): while training, an image skips the branch at this rate."""
-    return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
 
 
 class PatchEmbed(nn.Module):
@@ -117,7 +111,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
-        self.drop_path = drop_path(drop_rate)
+        self.drop_path = StochasticDepth(drop_rate, mode="row")      # per image (Huang et al., 2016)
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -215,7 +209,7 @@ class Bottleneck(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             norm_layer(norm, out_channels))
-        self.drop_path = drop_path(drop_rate)
+        self.drop_path = StochasticDepth(drop_rate, mode="row")
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -234,10 +228,9 @@ class ResNet(nn.Module):
     stochastic depth in the last block, from 0 in the first on linearly. dilated: the last stages dilate their
     kernels instead of striding, as torchvision does it, until the stride in all is 8 (for segmentation).
 
-    ReLU's second derivative is zero. The energy method differentiates twice, so the ReLUs' gates get no
-    gradient, and what only shifts the last gate (the bias of the last bn3) gets exactly none. A smooth
-    activation learned faster (loss 0.475 to 0.437 in 120 steps, ReLU to 0.461), but its features probed
-    equally well. ReLU stays, because weights must move to torchvision's ResNet.
+    ReLU's second derivative is zero. Under the energy method, which differentiates twice, its gates get no
+    gradient and the last bn3's bias exactly none. It stays because weights must move to torchvision's ResNet;
+    a smooth activation learned faster (loss 0.437, not 0.461, after 120 steps) and probed equally well.
     """
 
     def __init__(self, layers, width, norm="batch", small_images=False, drop_rate=0.0, dilated=False):
@@ -359,8 +352,8 @@ class DVAEBlock(nn.Module):
 class DVAE(nn.Module):
     """DALL-E's discrete VAE (Ramesh et al., 2021): images to a grid of tokens, one for 8x8 pixels, and back.
 
-    Names and layers are those of github.com/openai/DALL-E; its published weights have the sizes given as
-    defaults here. Images are in [0, 1], their sides multiples of 8; tokens are int64 in [0, codes).
+    Layers and their names are those of github.com/openai/DALL-E, the defaults the sizes of its weights.
+    Images are in [0, 1], their sides multiples of 8; tokens are int64 in [0, codes).
     """
 
     stride = 8
@@ -414,30 +407,29 @@ class DVAE(nn.Module):
         return ((x.sigmoid() - 0.1) / 0.8).clamp(0, 1)               # DALL-E's map of pixels undone
 
 
-def load_dalle(encoder_path, decoder_path):
-    """DVAE with the weights of the published encoder.pkl and decoder.pkl, which are at DALLE_URL.
-
-    The files are whole modules, pickled in 2021 with classes of the package dall_e, which is not needed.
-    The sizes follow from the tensors' shapes. Raises ValueError for any other file.
-    """
-    state = {}
-    for part, path in (("encoder", encoder_path), ("decoder", decoder_path)):
-        try:
-            tensors = read_tensors(path)
-        except ValueError as error:
-            raise ValueError(f"{error} (encoder.pkl and decoder.pkl are at {DALLE_URL})") from None
-        state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+def load_dvae(state):
+    """The DVAE of this state dict. Its sizes follow from the tensors' shapes. ValueError for any other."""
     try:
-        with torch.device("meta"):                                   # the weights come from the file
+        with torch.device("meta"):                                   # the weights are those of the state
             dvae = DVAE(codes=len(state["encoder.blocks.output.conv.w"]),
                         width=len(state["encoder.blocks.input.w"]),
                         embed_width=len(state["decoder.blocks.input.w"]),
                         blocks=sum(name.startswith("encoder.blocks.group_1") for name in state) // 8)
-        dvae.load_state_dict(state, assign=True)
+        load_finite(dvae, state, assign=True)
     except Exception as error:                                       # of many types, for other tensors
-        raise ValueError(f"{encoder_path} and {decoder_path} are not the two halves of a DALL-E dVAE: put "
-                         f"encoder.pkl and decoder.pkl there ({last_line(error)})") from None
-    return dvae
+        raise ValueError(f"no encoder and decoder of a dVAE: {last_line(error)}") from None
+    return dvae.float()
+
+
+def load_dalle(encoder_path, decoder_path):
+    """DVAE with the weights of the published encoder.pkl and decoder.pkl, which are at DALLE_URL.
+
+    The files are whole modules, pickled in 2021 with classes of the package dall_e, which is not needed.
+    Raises ValueError for any other file.
+    """
+    encoder, decoder = read_tensors(encoder_path), read_tensors(decoder_path)
+    return load_dvae({f"encoder.{name}": tensor for name, tensor in encoder.items()}
+                     | {f"decoder.{name}": tensor for name, tensor in decoder.items()})
 
 
 # ---------------------------------------------------------------- VQGAN
@@ -509,8 +501,6 @@ class VQGAN(nn.Module):
     have it. Images are in [0, 1], their sides multiples of `stride`; tokens are int64 in [0, codes).
     """
 
-    stride = 16                                                      # of the default sizes
-
     def __init__(self, codes=1024, embed_dim=256, z_channels=256, width=128, multipliers=(1, 1, 2, 2, 4),
                  attention=(False, False, False, False, True), blocks=2):
         super().__init__()
@@ -534,10 +524,10 @@ class VQGAN(nn.Module):
         self.decoder = coder(z_channels, top, widths[0], 3)
         self.decoder["up"] = nn.ModuleList()                         # numbered as `down`, run from the last
         for i, n_out in enumerate(widths):
-            n_in = widths[i - 1] if i > 0 else width
+            n_in = width if i == 0 else widths[i - 1]
             down = "downsample" if i < last else None
             self.encoder["down"].append(VQGANLevel(n_in, n_out, blocks, attention[i], down))
-            n_in = widths[i + 1] if i < last else top
+            n_in = top if i == last else widths[i + 1]
             up = "upsample" if i > 0 else None
             self.decoder["up"].append(VQGANLevel(n_in, n_out, blocks + 1, attention[i], up))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, embed_dim)})
@@ -573,8 +563,8 @@ class VQGAN(nn.Module):
 def load_vqgan(path):
     """VQGAN with the weights of a taming-transformers checkpoint, a file of PyTorch Lightning.
 
-    Neither package is needed. The sizes follow from the tensors' shapes; the rest of the file, such as the
-    discriminator, is dropped. Raises ValueError for any other file.
+    Neither package is needed. Sizes follow from the tensors' shapes; the discriminator and all else in the
+    file are dropped. Raises ValueError for any other file.
     """
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     state = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(parts)}
@@ -589,7 +579,7 @@ def load_vqgan(path):
                           multipliers=tuple(channels // width for channels in widths),
                           attention=tuple(f"encoder.down.{i}.attn.0.q.weight" in state for i in levels),
                           blocks=sum(name.startswith("encoder.down.0.") for name in convs))
-        vqgan.load_state_dict(state, assign=True)
+        load_finite(vqgan, state, assign=True)
     except Exception as error:                                       # of many types, for other tensors
         raise ValueError(f"{path} is not a VQGAN of taming-transformers: {last_line(error)}") from None
     return vqgan
@@ -618,29 +608,31 @@ def read_tensors(path):
         # torch.load would run a TorchScript archive. This searches the bytes, because two zip readers can
         # disagree about what an archive contains.
         if b"constants.pkl" in content:
-            raise ValueError("TorchScript")
+            raise ValueError("a TorchScript archive")
         # From memory: torch.load unpacks tars, its oldest format, only from real files.
         content = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=TensorPickle,
                              weights_only=False)
-        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content)
+        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
         return {name: tensor.detach().float() for name, tensor in named.items() if torch.is_tensor(tensor)}
 
 
-def module_tensors(module):
-    """{name: parameter} of a module that was unpickled with StandIns as classes."""
-    tensors = {}
-    seen = set()
-    to_visit = [("", module)]
-    while to_visit:
-        prefix, node = to_visit.pop()
-        if id(node) in seen:                                         # a module may contain itself
-            continue
-        if prefix.count(".") > 100:
-            raise ValueError("modules are nested too deeply")
-        seen.add(id(node))
-        tensors |= {prefix + name: tensor for name, tensor in node._parameters.items()}
-        to_visit += [(f"{prefix}{name}.", child) for name, child in node._modules.items()]
+def module_tensors(module, prefix, seen):
+    """{name: parameter} of a module that was unpickled with StandIns as classes; seen: ids of those done."""
+    if id(module) in seen:                                           # a module may contain itself
+        return {}
+    seen.add(id(module))
+    tensors = {prefix + name: tensor for name, tensor in module._parameters.items()}
+    for name, child in module._modules.items():
+        tensors |= module_tensors(child, f"{prefix}{name}.", seen)
     return tensors
+
+
+def load_finite(module, state, **options):
+    """module.load_state_dict(state, **options), but a ValueError if a number is infinite or NaN."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"has NaN in {name}")
+    module.load_state_dict(state, **options)
 
 
 def last_line(error):
@@ -661,75 +653,63 @@ class StandIn:
             self.__dict__.update(state)
 
 
+class TensorUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and containers. It imports nothing, so no code of the file's choice runs."""
+
+    def find_class(self, module, name):
+        known = {"collections.OrderedDict": OrderedDict,
+                 "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
+                 "torch._utils._rebuild_parameter": self.rebuild_parameter}
+        return known.get(f"{module}.{name}", StandIn)
+
+    # Bound methods, since a pickle could change the defaults of a function. Hooks are dropped.
+    def rebuild_tensor(self, storage, offset, size, stride, *rest):
+        return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+    def rebuild_parameter(self, tensor, *rest):
+        return tensor
+
+    def load(self):
+        load_storage = getattr(self, "persistent_load", None)        # set by torch.load
+
+        def persistent_load(saved_id):
+            # Files of torch < 1.6 hold the source of each class. torch.load would compare it with ours and
+            # may write the difference to a file that the pickle names.
+            if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
+                return saved_id[1]
+            return load_storage(saved_id)
+
+        self.persistent_load = persistent_load
+        return super().load()
+
+
 class TensorPickle:
-    """What torch.load uses of the module pickle, restricted to tensors, containers and StandIns."""
+    """What torch.load uses of the module pickle."""
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            # Nothing is imported by its name, so no code of the file's choice runs.
-            known = {"collections.OrderedDict": OrderedDict,
-                     "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
-                     "torch._utils._rebuild_parameter": self.rebuild_parameter}
-            if f"{module}.{name}" in known:
-                return known[f"{module}.{name}"]
-            if name[:1].isupper() or name == "set" or module.split(".")[0] in ("torch", "numpy", "_codecs"):
-                return StandIn
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # a function: no weights need it
-
-        # Bound methods, since a pickle could change the defaults of a function. Hooks are dropped.
-        def rebuild_tensor(self, storage, offset, size, stride, *rest):
-            return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-        def rebuild_parameter(self, tensor, *rest):
-            return tensor
-
-        def load(self):
-            load_storage = getattr(self, "persistent_load", None)    # set by torch.load
-
-            def persistent_load(saved_id):
-                # Files of torch < 1.6 hold the source of each class. torch.load would compare it with ours
-                # and may write the difference to a file that the pickle names.
-                if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
-                    return saved_id[1]
-                return load_storage(saved_id)
-
-            self.persistent_load = persistent_load
-            return super().load()
+    Unpickler = TensorUnpickler
 
     @staticmethod
     def load(file, **options):
-        return TensorPickle.Unpickler(file, **options).load()
+        return TensorUnpickler(file, **options).load()
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_weights(path):
     """The open file; whatever fails while it is open becomes a ValueError of one sentence."""
-    head = b""
     try:
         if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
             raise OSError(0, "not a regular file")
         with open(path, "rb") as file:
-            head = file.read(512)
-            if head[257:262] == b"ustar":
-                raise ValueError("legacy .tar")                      # torch.load's words
-            file.seek(0)
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {str(error.strerror).lower()}") from None
     except Exception as error:                                       # torch.load raises many types
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if not head:
-            reason = "is empty"
-        elif b"\0" not in head and not head.startswith((b"PK", b"\x80")):  # no zip archive and no pickle
-            reason = "is a text file, perhaps a web page"
-        elif "TorchScript" in str(error) or "legacy .tar" in str(error):
-            reason = "is a TorchScript archive or a tar, which are not read: save its state_dict() anew"
-        elif asked:
-            reason = f"is not a file of weights only: it asks for {asked[1]}"
-        else:
-            reason = "is truncated or not a file of weights"
+        reason = "is truncated, or no file of weights but perhaps a web page, a TorchScript archive or a tar"
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            reason = f"is not a file of weights only: it asks for {refused[1]}"
         raise ValueError(f"{path} {reason}") from None
 
 
@@ -797,28 +777,23 @@ def load_weights(backbone, weights):
     """
     expected = backbone.state_dict()
     weights = {key: value for key, value in weights.items() if torch.is_tensor(value)}
-    if "pos_embed" in expected and "pos_embed" in weights and weights["pos_embed"].ndim == 3:
-        given_size = round((weights["pos_embed"].shape[1] - 1) ** 0.5)              # without the class token
+    pos_embed = weights.get("pos_embed")
+    if "pos_embed" in expected and pos_embed is not None and pos_embed.ndim == 3:
+        given_size = round((pos_embed.shape[1] - 1) ** 0.5)                         # without the class token
         grid_size = round((expected["pos_embed"].shape[1] - 1) ** 0.5)
-        if given_size != grid_size and given_size ** 2 + 1 == weights["pos_embed"].shape[1]:
-            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid_size)
+        if given_size != grid_size and given_size ** 2 + 1 == pos_embed.shape[1]:
+            weights["pos_embed"] = resize_pos_embed(pos_embed, grid_size)
 
+    head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
     optional = ("num_batches_tracked",)    # not in old files
     if "fc_norm.weight" in weights:        # timm's and MAE's classifiers of patch means have no last norm
         optional += ("norm.weight", "norm.bias")
+    weights = {key: value for key, value in weights.items() if key not in head_keys}
     problems = [f"has no {key}" for key in expected if key not in weights and not key.endswith(optional)]
-    head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
-    for key, value in weights.items():
-        if key in head_keys:
-            continue
-        if key not in expected:
-            problems.append(f"has {key}")
-        elif value.shape != expected[key].shape:
-            problems.append(f"has {key} of shape {tuple(value.shape)}, not {tuple(expected[key].shape)}")
-        elif not value.isfinite().all():
-            problems.append(f"has NaN in {key}")
+    problems += [f"has {key}" for key in weights if key not in expected]
+    problems += [f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(value.shape)}"
+                 for key, value in expected.items() if key in weights and weights[key].shape != value.shape]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(", ".join(problems[:3]) + more)
-    backbone.load_state_dict({key: weights[key] for key in expected if key in weights}, strict=False)
+        raise ValueError(", ".join(problems[:3]))
+    load_finite(backbone, weights, strict=False)
     return head_keys
