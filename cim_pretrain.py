@@ -532,7 +532,8 @@ def start_log(args, model, config, tokenizer, images, num_images, world, dtype, 
     if tokenizer:
         tokens = torch.cat([tokenize(tokenizer, x, args.patch_size) for x in images.split(16)])
         restored = torch.cat([detokenize(tokenizer, x, args.img_size) for x in tokens.split(16)])
-        write_grid(f"{args.output_dir}/samples/tokenizer.png", [images[:8], restored[:8]])
+        some = slice(None, None, max(1, len(images) // 8))
+        write_grid(f"{args.output_dir}/samples/tokenizer.png", [images[some], restored[some]])
         line["tokenizer_psnr"] = round(psnr(restored, images), 2)
         line["codes_used"] = len(tokens.unique())
         print(f"tokenizer {args.tokenizer}: {line['tokenizer_psnr']} dB, {line['codes_used']} of "

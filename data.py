@@ -488,8 +488,10 @@ def mask_random(images, generator, count, area):
     uniform = torch.rand(4, B, count, 1, generator=generator, device=images.device)
     fraction = area[0] + (area[1] - area[0]) * uniform[0]
     aspect = 0.5 + 1.5 * uniform[1]
-    height = H * (fraction * aspect).sqrt()                          # (B, count, 1), in pixels
-    width = W * (fraction / aspect).sqrt()
+    # A rectangle of more than half of the image cannot be as long as its aspect ratio wants.
+    height_fraction = (fraction * aspect).sqrt().clamp(fraction, torch.ones_like(fraction))
+    height = H * height_fraction                                     # (B, count, 1), in pixels
+    width = W * fraction / height_fraction
     top = (H - height) * uniform[2]
     left = (W - width) * uniform[3]
     y = torch.arange(H, device=images.device) + 0.5                  # pixel centres

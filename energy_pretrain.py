@@ -385,6 +385,7 @@ def evaluate(model, tasks, images, args):
     """What the model does to fixed held-out images (B, 3, H, W) -> {name: number}.
 
     psnr_TASK_n: dB after n steps, n = 0: corrupted; of the mean squared error of all images, in [0, 1].
+    MAE's is higher than the energy's for the same images, because it has the original's statistics.
     sorted_n: fraction of the patches nearest to their own place. energy_gap_TASK: mean of E(corrupted) -
     E(clean), which the paper wants to be positive.
     """
@@ -428,9 +429,15 @@ def warn_of_collapse(measured, tasks, num_steps):
 
 @torch.no_grad()
 def save_picture(path, model, tasks, images, args):
-    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the tasks take turns."""
+    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the tasks take turns.
+
+    Steps beyond N were not trained and may overshoot. With `sort`, patches that are sent to the same place
+    hide each other. MAE's images have the original's mean and deviation in each patch.
+    """
     rows = []
-    num_steps = args.energy_steps + 2 if args.method == "energy" else 1
+    num_steps = 1 if args.method == "autoencoder" else args.energy_steps
+    if args.method == "energy" and args.energy_steps:
+        num_steps += 2
     for task, chunk in zip(tasks, images.split(8 // len(tasks))):
         generator = torch.Generator(images.device).manual_seed(args.seed)
         x, target, context = corrupt_batch(task, chunk, generator, model, args)

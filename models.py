@@ -282,6 +282,9 @@ class ConvNeXtT(convnext.ConvNeXt):
         super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)],
                          stochastic_depth_prob=drop_rate)
         self.classifier[2] = nn.Identity()
+        # torchvision starts with zeros, with which a blank patch reaches the first LayerNorm as zeros: its
+        # derivative there is 1,000 times too large, and the energy's first update falls into the hole.
+        nn.init.trunc_normal_(self.features[0][0].bias, std=0.02)
 
     def forward_map(self, images):
         # Decision: torchvision pools and then normalises. A dense map is not pooled: the last LayerNorm
