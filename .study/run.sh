@@ -9,7 +9,7 @@
 # Run it from the repository's root. A point that is in results.jsonl is not computed again; one that was killed
 # continues. One thread each: two points run side by side on two cores.
 set -euo pipefail
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 work=runs/study
 split=${SPLIT:-test}
 python=${PYTHON:-python}
@@ -46,12 +46,15 @@ cim="cim_pretrain.py --tokenizer train --tokenizer_dir $work/tokenizer"
 case $curve in                                                        # script, flags, and the best rate at 2 epochs
     scratch)         command="" backbone="$vit" ;;
     scratch_resnet)  command="" backbone="$resnet" ;;
-    energy_sr)       command="energy_pretrain.py $vit --corrupt sr --energy_steps 1" best=3e-3 ;;
-    energy_mix)      command="energy_pretrain.py $vit --corrupt mix --energy_steps 1" best=3e-3 ;;
+    energy_sr)       command="energy_pretrain.py $vit --corrupt sr --sr_scale 4 --energy_steps 1" best=3e-3 ;;
+    energy_sr8)      command="energy_pretrain.py $vit --corrupt sr --sr_scale 8 --energy_steps 1" best=3e-3 ;;
+    energy_mix)      command="energy_pretrain.py $vit --corrupt mix --sr_scale 4 --energy_steps 1" best=3e-3 ;;
+    energy_mix8)     command="energy_pretrain.py $vit --corrupt mix --sr_scale 8 --energy_steps 1" best=3e-3 ;;
     energy_grid)     command="energy_pretrain.py $vit --corrupt grid --energy_steps 1" best=3e-3 ;;
-    energy_resnet)   command="energy_pretrain.py $resnet --corrupt sr --energy_steps 1" best=3e-3 ;;
-    autoencoder_sr)  command="energy_pretrain.py $vit --method autoencoder --corrupt sr" best=3e-3 ;;
-    autoencoder_mix) command="energy_pretrain.py $vit --method autoencoder --corrupt mix" best=3e-3 ;;
+    energy_resnet)   command="energy_pretrain.py $resnet --corrupt sr --sr_scale 4 --energy_steps 1" best=3e-3 ;;
+    autoencoder_sr)  command="energy_pretrain.py $vit --method autoencoder --corrupt sr --sr_scale 4" best=3e-3 ;;
+    autoencoder_sr8) command="energy_pretrain.py $vit --method autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
+    autoencoder_mix) command="energy_pretrain.py $vit --method autoencoder --corrupt mix --sr_scale 4" best=3e-3 ;;
     mae)             command="energy_pretrain.py $vit --method autoencoder --corrupt grid" best=3e-3 ;;
     respix)          command="$cim $vit" best=3e-3 ;;
     revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
@@ -66,37 +69,47 @@ run=$work/$name
 results=.study/results.jsonl
 touch $results
 
-start="$backbone"
+start="${backbone:-}"
 if [ -n "$command" ]; then
     data=$work/data/pretrain whole_epochs=$epochs
+    compile=""
+    if [ "$epochs" -gt 4 ] 2>/dev/null; then compile=--compile; fi    # starting it takes half a minute
     if [ "$epochs" = 0.5 ]; then data=$work/data/pretrain_half whole_epochs=1; fi
     if [[ $command == cim* ]] && [ ! -f $work/tokenizer/dvae.pt ]; then   # one tokenizer for all CIM points
         $python cim_pretrain.py --data $work/data/pretrain $vit --batch_size 32 --tokenizer train --tokenizer_steps 2000 \
-            --max_steps 1 --num_workers 0 --output_dir $work/tokenizer
+            --max_steps 1 --num_workers 0 --output_dir $work/tokenizer > $work/tokenizer.log
     fi
     if [ ! -f $run/done ]; then
         $python $command --data $data --batch_size 32 --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
-            --compile --output_dir $run --resume
+            $compile --output_dir $run --resume > $run.log
         touch $run/done
     fi
     start="--init $run/backbone.pt"
 fi
 
 commit=$(git rev-parse --short HEAD)
-for tune_seed in ${TUNE_SEEDS:-0 1 2}; do
-    for measure in few2 few10 probe; do
-        key="\"curve\": \"$curve\", \"epochs\": $epochs, \"lr\": $lr, \"seed\": $seed, \"split\": \"$split\", \"measure\": \"$measure\", \"tune_seed\": $tune_seed"
-        if grep -qF "$key" $results; then continue; fi
+key() { echo "\"curve\": \"$curve\", \"epochs\": $epochs, \"lr\": $lr, \"seed\": $seed, \"split\": \"$split\", \"measure\": \"$1\""; }
+for measure in ${MEASURES:-probe few2 few10}; do
+    if [ $measure = probe ]; then                                     # ridge regression, three draws of 5,000 labels
+        if grep -qF "$(key probe)" $results; then continue; fi
+        backbone_file=$run/backbone.pt
+        if [ "$curve" = scratch ]; then backbone_file=vit_nano; fi
+        if [ "$curve" = scratch_resnet ]; then backbone_file=resnet_nano; fi
+        $python .study/probe.py $work/data/tune_$split $backbone_file --seed $seed > $run.probe
+        while read -r line; do echo "{$(key probe), \"commit\": \"$commit\", ${line#\{}"; done < $run.probe >> $results
+        continue
+    fi
+    for tune_seed in ${TUNE_SEEDS:-0 1 2}; do
+        if grep -qF "$(key $measure), \"tune_seed\": $tune_seed" $results; then continue; fi
         case $measure in
-            few2)  tune="--label_fraction 0.0222 --epochs 40" ;;      # 1,000 images
-            few10) tune="--label_fraction 0.1 --epochs 15" ;;         # 4,500
-            probe) tune="--label_fraction 0.1111 --probe linear" ;;   # 5,000
+            few2)  tune="--label_fraction 0.0222 --epochs 20" ;;      # 1,000 images
+            few10) tune="--label_fraction 0.1 --epochs 10" ;;         # 4,500
         esac
         folder=$run/${measure}_$tune_seed
-        [ -f $folder/done ] || { $python finetune.py --data $work/data/tune $start --recipe short $tune --seed $tune_seed \
-            --num_workers 0 --output_dir $folder --resume > $work/$name.log; touch $folder/done; }
+        $python finetune.py --data $work/data/tune $start --recipe short $tune --seed $tune_seed \
+            --num_workers 0 --output_dir $folder --resume > $run.$measure.log
         measured=$($python finetune.py --data $work/data/tune_$split --eval_only --num_workers 0 \
             --init $folder/checkpoint.pt | tail -n 1)
-        echo "{$key, \"commit\": \"$commit\", ${measured#\{}" >> $results
+        echo "{$(key $measure), \"tune_seed\": $tune_seed, \"commit\": \"$commit\", ${measured#\{}" >> $results
     done
 done

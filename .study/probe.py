@@ -1,0 +1,108 @@
+"""Ridge regression on the frozen features of a backbone: where a converged linear probe ends, in seconds.
+
+    python .study/probe.py DATA BACKBONE.pt [--by_block] [--labels 5000] [--tune_seeds 0 1 2]
+
+DATA holds train/CLASS/ and val/CLASS/. Each seed draws its own `labels` training images; all of val/ is used.
+Centre crops, standardised features, and the penalty with the least leave-one-out error. For a ViT it measures the
+patch mean (`mean`), the class token (`cls`) and both together (`both`), with --by_block of every block; `feature` is
+what the backbone returns. A name of models.MODELS in place of a file stands for an untrained backbone.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import data
+import models
+
+
+@torch.no_grad()
+def extract(backbone, dataset, indices, img_size, by_block):
+    """-> ({name: features (count, width)}, labels (count,)), as NumPy arrays."""
+    crops = data.Transformed(dataset, data.center_transform(img_size), seed=0)
+    block_outputs = []
+    hooks = [block.register_forward_hook(lambda module, inputs, output: block_outputs.append(output))
+             for block in (backbone.blocks if by_block else [])]
+    features, labels = {}, []
+    for images, label in DataLoader(crops, batch_size=250, sampler=[(0, index) for index in indices]):
+        labels.append(label)
+        if isinstance(backbone, models.ViT):
+            block_outputs.clear()
+            tokens = {"": backbone.forward_tokens(images)}
+            tokens |= {f"block{i}_": output for i, output in enumerate(block_outputs)}
+            batch = {}
+            for name, x in tokens.items():
+                batch[f"{name}cls"] = x[:, 0]
+                batch[f"{name}mean"] = x[:, 1:].mean(dim=1)
+                batch[f"{name}both"] = torch.cat([batch[f"{name}cls"], batch[f"{name}mean"]], dim=1)
+            batch["feature"] = batch[backbone.pool]
+        else:
+            batch = {"feature": backbone(images)}
+        for name, value in batch.items():
+            features.setdefault(name, []).append(value)
+    for hook in hooks:
+        hook.remove()
+    return ({name: torch.cat(values).double().numpy() for name, values in features.items()},
+            torch.cat(labels).numpy())
+
+
+def ridge_top1(train, train_labels, test, test_labels):
+    """Features (count, width) and labels (count,) -> top-1 in percent."""
+    mean, std = train.mean(axis=0), train.std(axis=0) + 1e-9
+    train, test = (train - mean) / std, (test - mean) / std
+    targets = np.eye(train_labels.max() + 1)[train_labels]
+    offset = targets.mean(axis=0)
+    u, s, vt = np.linalg.svd(train, full_matrices=False)
+    projected = u.T @ (targets - offset)
+    best_error, best_weights = np.inf, None
+    for penalty in np.logspace(-2, 5, 22):
+        shrink = s ** 2 / (s ** 2 + penalty)
+        residual = targets - offset - (u * shrink) @ projected
+        leverage = u ** 2 @ shrink + 1 / len(train)
+        error = ((residual / (1 - leverage)[:, None]) ** 2).mean()    # leave-one-out, in closed form
+        if error < best_error:
+            best_error, best_weights = error, (vt.T * (s / (s ** 2 + penalty))) @ projected
+    return 100 * ((test @ best_weights + offset).argmax(axis=1) == test_labels).mean()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("data")
+    p.add_argument("backbone")
+    p.add_argument("--by_block", action="store_true")
+    p.add_argument("--labels", type=int, default=5000)
+    p.add_argument("--tune_seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seed", type=int, default=0, help="of an untrained backbone")
+    args = p.parse_args()
+    torch.manual_seed(args.seed)
+    weights = None
+    config = {"model": args.backbone, "img_size": 32, "patch_size": 8, "pool": "mean", "norm": "batch"}
+    if os.path.exists(args.backbone):
+        content = models.load_weights_file(args.backbone)
+        config |= {key: content["config"][key] for key in config}
+        weights = {key.removeprefix("backbone."): value for key, value in content["model"].items()}
+    backbone = models.build_model(**config).eval()
+    if weights:
+        models.load_weights(backbone, weights)
+    train_set = data.labelled_dataset(args.data, True, config["img_size"])
+    val_set = data.labelled_dataset(args.data, False, config["img_size"])
+    draws = {seed: data.few_labels(train_set.targets, args.labels / len(train_set), seed)
+             for seed in args.tune_seeds}
+    used = sorted(set().union(*draws.values()))
+    train, train_labels = extract(backbone, train_set, used, config["img_size"], args.by_block)
+    test, test_labels = extract(backbone, val_set, range(len(val_set)), config["img_size"], args.by_block)
+    for name in train:
+        for seed, draw in draws.items():
+            rows = np.searchsorted(used, draw)
+            top1 = ridge_top1(train[name][rows], train_labels[rows], test[name], test_labels)
+            print(json.dumps({"feature": name, "tune_seed": seed, "images": len(test_labels),
+                              "top1": round(top1, 2)}))
+
+
+if __name__ == "__main__":
+    main()
