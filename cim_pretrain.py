@@ -68,7 +68,7 @@ def parse_args():
       help="how tokens are drawn from beit's predictions (Table 7)")
     g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's blocks; BEiT: as the ViT's")
     g("--share", type=number(int, 0, 100), default=2,
-      help="blocks that a ViT and the generator share, besides the patch embedding; 0: nothing")
+      help="blocks that a ViT and the generator share, at most all, besides the patch embedding; 0: nothing")
     g("--freeze_generator", metavar="FILE", help="a checkpoint.pt whose generator is used and not trained")
     g("--tokenizer", choices=["dalle", "vqgan", "train"], help="published weights, or a small dVAE trained "
       "first on the run's own images; None: dalle")

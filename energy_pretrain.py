@@ -71,7 +71,7 @@ def parse_args():
     # Decision: the paper's cells of 16 pixels and super-resolution of 16x, at 224/16, follow the patch size.
     g("--mask_cell", type=number(int, 1, 1024), help="pixels a side of a grid cell; None: the patch size")
     g("--sr_scale", type=number(int, 2, 1024), help="how many times smaller sr makes an image; None: "
-      "the patch size")
+      "the patch size, as in the paper; half of it left small ViTs better features, see .study/README.md")
     # Decision: the paper tries several ratios and does not say which one mix takes; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
       help="fraction of the grid that is blanked")
@@ -371,9 +371,10 @@ def start_log(args, model, unused, num_images, world, dtype, step):
     num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
     per_part = args.batch_size // world // args.accum_steps
     device = next(model.parameters()).device.type
-    print(f"{args.method} {args.model}: {num_weights / 1e6:.2f} M weights to train; frozen, without influence "
-          f"on the loss: {', '.join(unused) or 'none'}\n"
-          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; {device}, amp {dtype}\n"
+    print(f"{args.method} {args.model}: {num_weights / 1e6:.2f} M weights to train; frozen, because they have "
+          f"no influence on the loss: {', '.join(unused) or 'none'}\n"
+          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
+          f"{device}, amp {dtype}\n"
           f"batch {args.batch_size} = {world} processes x {per_part} x {args.accum_steps} accumulated; "
           f"peak lr {args.lr:.3g}; from step {step}", flush=True)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}

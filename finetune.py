@@ -248,6 +248,8 @@ def resolve(args, content, config):
     for name in not_for_task:
         if getattr(args, name, None) is not None:
             raise data.BadInput(f"--task {args.task} takes no --{name}: leave it out")
+    if args.layer_decay not in (None, 1) and not args.model.startswith("vit"):
+        raise data.BadInput(f"--layer_decay is for ViTs, not {args.model}: leave it out")
     recipe = choose_recipe(args, config)
     defaults = BACKBONE | {key: config[key] for key in BACKBONE if key in config} | recipe
     defaults |= {"num_classes": 150, "output_dir": f"runs/finetune_{args.model}"}
