@@ -371,7 +371,7 @@ def start_log(args, model, unused, num_images, world, dtype, step):
     num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
     per_part = args.batch_size // world // args.accum_steps
     device = next(model.parameters()).device.type
-    print(f"{args.method} {args.model}: {num_weights / 1e6:.2f} M weights to train; frozen, because they have "
+    print(f"{args.method} {args.model}: {num_weights / 1e6:.2f} M weights to train; frozen, as they have "
           f"no influence on the loss: {', '.join(unused) or 'none'}\n"
           f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
           f"{device}, amp {dtype}\n"
