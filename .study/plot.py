@@ -1,6 +1,10 @@
-"""results.jsonl -> .pictures/curves.svg and the table of the README. Needs matplotlib, which nothing else does."""
+"""results.jsonl -> .pictures/curves.svg and tables in Markdown. Needs matplotlib, which nothing else does.
+
+    python .study/plot.py [test | held]
+"""
 import json
 import os
+import sys
 from collections import defaultdict
 
 import matplotlib
@@ -12,67 +16,79 @@ import matplotlib.pyplot as plt
 HERE = os.path.dirname(os.path.abspath(__file__))
 CROPS = 45_000                                                        # of an epoch
 MEASURES = {"few2": "fine-tuned on 1,000 labels", "few10": "fine-tuned on 4,500 labels",
-            "probe": "linear probe on 5,000 labels"}
-CURVES = {"energy_sr": ("energy, super-resolution", "tab:red", "-"), "energy_mix": ("energy, mix", "tab:red", ":"),
-          "energy_grid": ("energy, grid mask", "tab:red", "--"),
-          "autoencoder_sr": ("autoencoder, super-resolution", "tab:gray", "-"),
-          "autoencoder_mix": ("autoencoder, mix", "tab:gray", ":"), "mae": ("MAE", "black", "-"),
-          "respix": ("CIM, RESPIX", "tab:blue", "-"), "revdet": ("CIM, REVDET", "tab:blue", "--"),
-          "beit": ("BEiT alone", "tab:green", "-"), "energy_resnet": ("energy, ResNet", "tab:red", "-"),
-          "respix_resnet": ("CIM RESPIX, ResNet", "tab:blue", "-"),
-          "revdet_resnet": ("CIM REVDET, ResNet", "tab:blue", "--")}
+            "probe": "ridge regression on frozen features, 5,000 labels"}
+CURVES = {"energy_sr": ("energy, super-resolution 4x", "tab:red", "-"),
+          "energy_sr8": ("energy, super-resolution 8x", "tab:red", ":"),
+          "energy_mix": ("energy, mix", "tab:orange", "-"),
+          "energy_mix8": ("energy, mix with 8x", "tab:orange", ":"),
+          "energy_grid": ("energy, grid mask", "tab:brown", "-"),
+          "autoencoder_sr": ("autoencoder, super-resolution 4x", "tab:gray", "-"),
+          "autoencoder_sr8": ("autoencoder, super-resolution 8x", "tab:gray", ":"),
+          "autoencoder_mix": ("autoencoder, mix", "tab:olive", "-"),
+          "mae": ("MAE", "black", "-"),
+          "respix": ("CIM, RESPIX", "tab:blue", "-"), "revdet": ("CIM, REVDET", "tab:cyan", "-"),
+          "beit": ("BEiT alone", "tab:green", "-"), "energy_resnet": ("ResNet: energy", "tab:red", "--"),
+          "respix_resnet": ("ResNet: RESPIX", "tab:blue", "--"),
+          "revdet_resnet": ("ResNet: REVDET", "tab:cyan", "--")}
+FIGURE = ["energy_sr", "energy_mix", "autoencoder_sr", "mae", "respix", "beit"]
 
 
-def read(split="test"):
-    """-> {(curve, measure): {crops: {pretraining seed: [top-1 of each fine-tuning seed]}}}."""
+def read(split):
+    """-> {(curve, measure): {crops: {(pretraining seed, rate): [top-1 of each fine-tuning seed]}}}."""
     points = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     with open(f"{HERE}/results.jsonl") as file:
         for line in map(json.loads, file):
-            if line["split"] == split:
+            if line["split"] == split and line.get("feature", "feature") == "feature":
                 crops = round(line["epochs"] * CROPS)
-                points[line["curve"], line["measure"]][crops][line["seed"]].append(line["top1"])
+                points[line["curve"], line["measure"]][crops][line["seed"], line["lr"]].append(line["top1"])
     return points
 
 
 def plot(points):
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    for axis, (measure, title) in zip(axes, MEASURES.items()):
-        for curve, (label, color, style) in CURVES.items():
-            scratch = "scratch_resnet" if curve.endswith("resnet") else "scratch"
-            doses = points[curve, measure]
-            if not doses:
-                continue
-            start = points[scratch, measure].get(0)
-            doses = ({0: start} if start else {}) | dict(sorted(doses.items()))
-            x = [max(crops, CROPS / 8) for crops in doses]            # from scratch, at the left edge
+    measures = [name for name in MEASURES if any(measure == name for _, measure in points)]
+    figure, axes = plt.subplots(1, len(measures), figsize=(4.6 * len(measures), 4), layout="constrained")
+    for axis, measure in zip(np.atleast_1d(axes), measures):
+        for curve in FIGURE:
+            label, color, style = CURVES[curve]
+            doses = {CROPS / 4: points["scratch", measure][0]} | dict(sorted(points[curve, measure].items()))
             values = [[top1 for seed in runs.values() for top1 in seed] for runs in doses.values()]
-            mean = np.array([np.mean(top1) for top1 in values])
-            axis.plot(x, mean, style, color=color, label=label, marker="o", markersize=3)
-            axis.fill_between(x, [min(top1) for top1 in values], [max(top1) for top1 in values], color=color,
-                              alpha=0.08)
+            axis.plot(doses, [np.mean(top1) for top1 in values], style, color=color, label=label, marker="o",
+                      markersize=3)
+            axis.fill_between(list(doses), [min(top1) for top1 in values], [max(top1) for top1 in values],
+                              color=color, alpha=0.07, linewidth=0)
         axis.set_xscale("log")
-        axis.set_xlabel("crops seen in pretraining (left edge: none)")
-        axis.set_title(title)
-    axes[0].set_ylabel("top-1 on the 10,000 test images, %")
-    axes[0].legend(fontsize=7)
+        ticks = [CROPS / 4, CROPS / 2, 2 * CROPS, 9 * CROPS, 36 * CROPS]
+        axis.set_xticks(ticks, ["none", "22k", "90k", "405k", "1.6M"])
+        axis.minorticks_off()
+        axis.set_xlim(CROPS / 5, max(max(doses) for doses in points.values()) * 1.3)
+        axis.set_xlabel("crops seen in pretraining")
+        axis.set_title(MEASURES[measure], fontsize=10)
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_ylabel("top-1 on 10,000 test images, %")
+    np.atleast_1d(axes)[0].legend(fontsize=8)
     figure.savefig(f"{HERE}/../.pictures/curves.svg")
 
 
 def table(points):
+    """Mean, half of the range, and in brackets the number of pretraining seeds."""
     doses = sorted({crops for runs in points.values() for crops in runs})
     for measure, title in MEASURES.items():
+        rows = [curve for curve in ("scratch", "scratch_resnet", *CURVES) if points.get((curve, measure))]
+        if not rows:
+            continue
         print(f"\n| {title} | " + " | ".join(f"{crops:,}" for crops in doses) + " |")
         print("|---" * (1 + len(doses)) + "|")
-        for curve in dict.fromkeys(curve for curve, _ in points):
+        for curve in rows:
             cells = []
             for crops in doses:
                 runs = points[curve, measure].get(crops)
                 values = [top1 for seed in runs.values() for top1 in seed] if runs else []
-                spread = f" ± {(max(values) - min(values)) / 2:.1f} ({len(runs)})" if values else ""
-                cells.append(f"{np.mean(values):.1f}{spread}" if values else "")
-            print(f"| {curve} | " + " | ".join(cells) + " |")
+                cells.append(f"{np.mean(values):.1f} ± {np.ptp(values) / 2:.1f} ({len(runs)})" if values else "")
+            print(f"| {CURVES.get(curve, (curve,))[0]} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    plot(read())
-    table(read())
+    split = sys.argv[1] if len(sys.argv) > 1 else "test"
+    if split == "test":
+        plot(read(split))
+    table(read(split))
