@@ -1,9 +1,9 @@
 """Corrupted Image Modeling for Self-Supervised Visual Pre-Training (Fang et al., ICLR 2023), in one file.
 
-A small BEiT, the generator, predicts the tokens of masked patches. Samples of its predictions are decoded to
-a plausibly corrupted image, from which a ViT or a ResNet, the enhancer, learns to restore the original pixels
-(RESPIX) or to detect the replaced tokens (REVDET). The enhancer is what is kept. --objective none trains the
-generator alone: with the depth of the ViT that is BEiT, the baseline of Tables 1 and 3.
+A small BEiT, the generator, predicts the tokens of masked patches. Tokens sampled from its predictions are
+decoded to a plausibly corrupted image. From it, the enhancer, a ViT or a ResNet, learns to restore the
+original pixels (RESPIX) or to detect the replaced tokens (REVDET). Only the enhancer is kept. --objective
+none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3.
 
     python cim_pretrain.py --model vit_nano --img_size 32 --patch_size 4 --tokenizer train       # one process
     torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet           # one node
@@ -11,10 +11,11 @@ generator alone: with the depth of the ViT that is BEiT, the baseline of Tables 
         cim_pretrain.py --model resnet50 --objective revdet --data /path/to/imagenet             # two nodes
 
 Measured: the first command with --tokenizer_steps 500 --batch_size 32 --lr 2e-3 --epochs 2 takes five minutes
-of one AMD EPYC core (torch 2.14, fp32). The tokenizer restores held-out images to 21.1 dB. The generator
-predicts 45 % of the masked tokens (chance: 1 %), and its samples replace 76 % of them. Corrupted images have
-17.8 dB, the enhancer's output 19.2 dB, and the means of the windows alone 15.4 dB. A step of ViT-S at 224
-pixels takes 1.70 times one of BEiT (--objective none --gen_depth 12), both with the full-size dVAE in fp32.
+on one AMD EPYC core (torch 2.14, fp32). On held-out images, the tokenizer's PSNR is 21.1 dB. The generator
+predicts 45 % of the masked tokens (chance: 1 %), and its samples replace 76 % of them. The PSNR is 17.8 dB
+for corrupted images, 19.2 for the enhancer's output and 15.4 for the window means alone. At 224 pixels, a
+ViT-S step takes 1.70 times as long as one of BEiT (--objective none --gen_depth 12), both with the full-size
+dVAE in fp32.
 """
 import argparse
 import fcntl
@@ -40,7 +41,7 @@ from torchvision.utils import make_grid, save_image
 import data
 import models
 
-WEIGHT = {"respix": 10.0, "revdet": 1.0}    # of the enhancer's loss; the generator's has 1 (Table 13)
+WEIGHT = {"respix": 10.0, "revdet": 1.0}    # the enhancer's loss weight; the generator's is 1 (Table 13)
 
 
 # ---------------------------------------------------------------- arguments
@@ -51,52 +52,52 @@ def parse_args():
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn here), 'cifar10' (downloaded) or a folder of images")
     g("--model", default="vit_b", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
-    g("--img_size", type=number(int, 8, 4096), default=224, help="pixels a side; 32 for CIFAR")
-    g("--patch_size", type=number(int, 1, 256), default=16, help="pixels a side; 4 for CIFAR")
+    g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
+    g("--patch_size", type=number(int, 1, 256), default=16, help="side in pixels; 4 for CIFAR")
 
     g = p.add_argument_group("method").add_argument
     g("--objective", default="respix", choices=["respix", "revdet", "none"],
       help="restore the pixels, detect replaced tokens, or train the generator alone (BEiT)")
     g("--target", default="window", choices=["window", "patch", "none"],
-      help="respix: normalise the target in a window around each pixel, in each patch, or not")
+      help="respix: normalise the target in a window around each pixel, in each patch, or not at all")
     g("--generator", default="beit", choices=["beit", "mae", "erase"],
-      help="beit samples tokens, mae pixels (Table 10); erase: random erasing (sec. 3.3)")
-    g("--masking", default="random", choices=["random", "block"], help="which patches are masked")
+      help="beit samples tokens, mae samples pixels (Table 10); erase: random erasing (sec. 3.3)")
+    g("--masking", default="random", choices=["random", "block"], help="mask single patches or blocks")
     g("--mask_ratio", type=number(float, 0.01, 0.99), nargs=2, metavar=("LOW", "HIGH"),
-      help="fraction masked; None: 100 to 120 of 196 patches, and 0.5 for mae and erase")
+      help="bounds of the masked fraction; None: 100 to 120 of 196 patches, but 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
       help="how tokens are drawn from beit's predictions (Table 7)")
-    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's blocks; BEiT: as the ViT's")
+    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; BEiT: the ViT's")
     g("--share", type=number(int, 0, 100), default=2,
-      help="blocks that a ViT and the generator share, at most all, besides the patch embedding; 0: nothing")
-    g("--freeze_generator", metavar="FILE", help="a checkpoint.pt whose generator is used and not trained")
+      help="blocks that a ViT shares with the generator, besides the patch embedding; 0: share nothing")
+    g("--freeze_generator", metavar="FILE", help="use this checkpoint.pt's generator without training it")
     g("--tokenizer", choices=["dalle", "vqgan", "train"], help="published weights, or a small dVAE trained "
       "first on the run's own images; None: dalle")
-    g("--tokenizer_dir", help="has encoder.pkl and decoder.pkl (downloaded if missing), vqgan.ckpt, "
-      "or another run's dvae.pt to use; None: ./tokenizer")
+    g("--tokenizer_dir", help="folder with encoder.pkl and decoder.pkl (downloaded if missing), "
+      "vqgan.ckpt, or another run's dvae.pt; None: ./tokenizer, but train trains a new dVAE")
     g("--tokenizer_steps", type=number(int, 1), default=1000, help="training steps of --tokenizer train")
 
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=300, help="passes over the training images")
-    # Decision: the paper's 10 epochs would be most of a short run.
+    # Decision: the paper warms up for 10 epochs, which would be most of a short run.
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10, at most 10%% of the epochs")
     g("--batch_size", type=number(int, 1), default=2048, help="images per step, over all processes")
-    g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
+    g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak rate; None: 1.5e-3 x batch_size / 2048; short runs: 2e-3")
     g("--weight_decay", type=number(float, 0, 10), default=0.05, help="on matrices and kernels only")
-    g("--clip_grad", type=number(float, 0), default=3.0, help="largest norm of the gradient; 0: no clipping")
-    g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
+    g("--clip_grad", type=number(float, 0), default=3.0, help="largest gradient norm; 0: no clipping")
+    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
     g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops, masks and samples")
 
     g = p.add_argument_group("machine").add_argument
     g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-      help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
+      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
     g("--compile", action="store_true", help="torch.compile the step: slower to start, then faster")
     g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
-      help="loader processes of each process")
+      help="data loader workers per process")
     g("--output_dir", help="where results go; None: runs/METHOD_MODEL (cim_respix, cim_revdet or beit)")
-    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
+    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
     args = p.parse_args()
 
     is_vit = args.model.startswith("vit")
@@ -114,7 +115,7 @@ def parse_args():
         args.tokenizer = args.tokenizer or "dalle"
     if args.tokenizer in ("dalle", "vqgan"):
         args.tokenizer_dir = args.tokenizer_dir or "tokenizer"
-    # Shared layers learn from both losses, so there have to be two.
+    # Layers are shared for both losses to train them, so a ViT enhancer and a generator must be in training.
     if not is_vit or args.objective == "none" or args.generator == "erase" or args.freeze_generator:
         args.share = 0
     method = "beit" if args.objective == "none" else f"cim_{args.objective}"
@@ -127,8 +128,8 @@ def parse_args():
     low, high = args.mask_ratio
     num_patches = (args.img_size // args.patch_size) ** 2
     if low > high or round(low * num_patches) < 1 or (args.masking == "block" and low < 16 / 196):
-        p.error(f"--mask_ratio {low} {high}: give the lower fraction first, of {num_patches} patches at "
-                "least one, and with --masking block at least 16 / 196, BEiT's smallest block")
+        p.error(f"--mask_ratio {low} {high}: give the lower fraction first; it must mask at least one of "
+                f"{num_patches} patches and, with --masking block, 16 / 196 of them, BEiT's smallest block")
 
     with torch.device("meta"):
         stride = models.build_model(args.model, patch_size=args.patch_size).stride
@@ -146,15 +147,15 @@ def parse_args():
 class Generator(nn.Module):
     """The small BEiT of sec. 2.1, or the MAE-like generator of Table 10, which differs in its outputs.
 
-        x = embedded patches, with [MASK] in place of the masked ones       # Eq. (1)
-        x = blocks(x), of which only the masked positions go on
+        x = patch embeddings, with [MASK] in place of the masked ones       # Eq. (1)
+        x = blocks(x) at the masked positions only
         return head(x)                                                      # logits of all codes, or pixels
     """
 
     def __init__(self, vit, num_outputs, max_masked):
         super().__init__()
         self.vit = vit
-        self.max_masked = max_masked                           # K, of the N patches of an image
+        self.max_masked = max_masked                           # K of an image's N patches
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.width))
         self.head = nn.Linear(vit.width, num_outputs)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -162,10 +163,10 @@ class Generator(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images, mask):
-        """Images (B, 3, H, W), mask (B, N) with True = masked -> (outputs (B, K, num_outputs), their places
-        among the N patches (B, K), which of these are masked (B, K)).
+        """Images (B, 3, H, W), mask (B, N) with True = masked -> (outputs (B, K, num_outputs), their
+        positions among the N patches (B, K), True where these are masked (B, K)).
         """
-        # K positions of every image keep the shapes fixed: the masked ones first, then perhaps a few others.
+        # The head sees K positions of every image, so shapes are fixed: the masked ones, then maybe others.
         positions = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :self.max_masked]
         x = self.vit.patch_embed(images)                       # (B, N, dim)
         x = torch.where(mask[:, :, None], self.mask_token, x)  # Eq. (1): replace(x, m, [MASK])
@@ -180,14 +181,14 @@ class CIM(nn.Module):
         g = tokenizer.encode(images)                      # golden tokens
         p = generator(images without the patches m)       # Eq. (1)
         generator's loss = -log p(g at m)
-        tokens = g, replaced by samples of p at m         # Eq. (2), through which no gradient passes
+        tokens = g, replaced by samples of p at m         # Eq. (2); no gradient passes through it
         output = enhancer(tokenizer.decode(tokens))
-        enhancer's loss = l1 + l2 of output - normalised pixels        (respix)
-                          or cross entropy of output and tokens != g   (revdet)
+        enhancer's loss = l1 + l2 of output - normalised pixels               (respix)
+                          or binary cross entropy of output and tokens != g   (revdet)
         return generator's loss + weight * enhancer's loss
 
-    The enhancer is a backbone and one linear layer, laid out over pixels or tokens. With the objective "none"
-    there is none, and `backbone` is the generator's ViT.
+    The enhancer is a backbone and one linear layer, whose outputs are rearranged to pixels or tokens. With
+    --objective none there is no enhancer, and `backbone` is the generator's ViT.
     """
 
     def __init__(self, backbone, generator, args):
@@ -197,8 +198,8 @@ class CIM(nn.Module):
         self.args = args
         if args.objective == "none":
             return
-        # Decision: a cell of the backbone's map emits all that it covers: stride x stride pixels, or
-        # (stride / patch_size)^2 tokens, which are 2 x 2 for a ResNet's stride of 32 and patches of 16.
+        # Decision: each cell of the backbone's map predicts all that it covers: stride x stride pixels, or
+        # (stride / patch_size)^2 tokens, that is, 2 x 2 for a ResNet's stride of 32 and patches of 16.
         side = backbone.stride if args.objective == "respix" else backbone.stride // args.patch_size
         channels = 3 if args.objective == "respix" else 1
         self.head = nn.Conv2d(backbone.width, channels * side ** 2, kernel_size=1)
@@ -208,7 +209,7 @@ class CIM(nn.Module):
 
     def generate_tokens(self, images, golden, mask, sampling):
         """Images (B, 3, H, W), golden tokens (B, N), mask (B, N) with True = masked -> (the generator's loss,
-        the tokens with its samples at the masked positions; sampling None: only the loss).
+        the tokens with its samples at the masked positions, or None if `sampling` is None).
         """
         logits, positions, masked = self.generator(images, mask)               # (B, K, codes)
         golden_there = golden.gather(1, positions)                             # (B, K)
@@ -217,7 +218,7 @@ class CIM(nn.Module):
         if sampling is None:
             return loss, None
         with torch.no_grad():
-            if sampling == "softmax":                          # an exponential race draws from it
+            if sampling == "softmax":                          # the argmax of p / Exp(1) is a sample of p
                 sampled = (logits.softmax(dim=2) / torch.empty_like(logits).exponential_()).argmax(dim=2)
             elif sampling == "argmax":
                 sampled = logits.argmax(dim=2)
@@ -227,10 +228,10 @@ class CIM(nn.Module):
             return loss, golden.scatter(1, positions, torch.where(masked, sampled, golden_there))
 
     def generate_pixels(self, images, mask):
-        """The MAE-like generator (Table 10) -> (its loss, the images with samples as masked patches).
+        """The MAE-like generator (Table 10) -> (its loss, the images with sampled pixels in masked patches).
 
-        Decision: the paper "samples RGB color values": here each from a normal distribution around the output
-        whose variance is the mean squared error of this batch, the maximum-likelihood estimate.
+        Decision: the paper "samples RGB color values". Here, each is drawn from a normal distribution around
+        the output; its variance is the batch's mean squared error, the maximum-likelihood estimate.
         """
         p = self.args.patch_size
         patches = F.unfold(images, p, stride=p).transpose(1, 2)                # (B, N, 3 p p)
@@ -248,10 +249,10 @@ class CIM(nn.Module):
     def corrupt(self, images, mask, tokenizer):
         """-> (the generator's loss, golden tokens (B, N), tokens with samples (B, N), corrupted images).
 
-        Generators without a tokenizer have None in place of tokens.
+        Both tokens are None for generators that use no tokenizer.
         """
         if self.args.generator == "erase":
-            # Decision: random erasing is of one rectangle, whose area follows --mask_ratio.
+            # Decision: random erasing blanks one rectangle, whose area is drawn from --mask_ratio.
             corrupted = data.mask_random(images, None, count=1, area=self.args.mask_ratio)
             return torch.zeros((), device=images.device), None, None, corrupted
         if self.args.generator == "mae":
@@ -262,7 +263,7 @@ class CIM(nn.Module):
         return loss, golden, tokens, detokenize(tokenizer, tokens, images.shape[3])
 
     def enhance(self, corrupted):
-        """(B, 3, H, W) -> normalised pixels (B, 3, H, W), or logits of "replaced" (B, N)."""
+        """(B, 3, H, W) -> normalised pixels (B, 3, H, W), or logits of being replaced (B, N)."""
         output = self.unfold(self.head(self.backbone.forward_map(corrupted))).float()
         return output if self.args.objective == "respix" else output.flatten(1)
 
@@ -270,11 +271,11 @@ class CIM(nn.Module):
         if self.args.objective == "revdet":
             return F.binary_cross_entropy_with_logits(output, (tokens != golden).float())
         target, _, _ = normalize_target(images, self.args.target, self.args.patch_size)
-        # Sec. A.3: "a combination of l1 and l2 loss". Decision: both weigh 1.
+        # Sec. A.3: "a combination of l1 and l2 loss". Decision: both have weight 1.
         return F.l1_loss(output, target) + F.mse_loss(output, target)
 
     def forward(self, images, mask, tokenizer):
-        """-> the loss (). The tokenizer is an argument and no part of the model: not trained, not saved."""
+        """-> the loss (). The tokenizer is an argument, not a submodule: it is neither trained nor saved."""
         if self.args.objective == "none":
             golden = tokenize(tokenizer, images, self.args.patch_size)
             return self.generate_tokens(images, golden, mask, sampling=None)[0]
@@ -284,7 +285,7 @@ class CIM(nn.Module):
 
 
 def draw_mask(count, args, device):
-    """Masks (count, N) of what the generator does not see: True = masked."""
+    """-> masks (count, N) of the patches hidden from the generator: True = masked."""
     grid_size = args.img_size // args.patch_size
     if args.masking == "block":
         return data.block_mask(count, None, grid_size, args.mask_ratio).to(device)
@@ -294,9 +295,9 @@ def draw_mask(count, args, device):
 def normalize_target(images, target, patch_size):
     """RESPIX's target (sec. 2.2, Table 6): ((images - mean) / std, mean, std), all of the images' shape.
 
-    window: mean and std of the 8x8 window around each pixel, 4 pixels before it and 3 behind it, reflected at
-    the borders; patch: of the patch that the pixel lives in, as MAE does; none: 0 and 1.
-    Decision: over the three channels together, with 1e-6 under the root, as MAE.
+    window: mean and std of the 8x8 window around each pixel (4 pixels before it, 3 after it; reflected at the
+    borders). patch: mean and std of the pixel's own patch, as in MAE. none: 0 and 1.
+    Decision: statistics of all three channels together, with 1e-6 added to the variance, as in MAE.
     """
     if target == "none":
         return images, torch.zeros_like(images), torch.ones_like(images)
@@ -311,29 +312,30 @@ def normalize_target(images, target, patch_size):
 
 
 # ---------------------------------------------------------------- the tokenizer
-# Any frozen module with `stride`, `encode` and `decode` will do: DALL-E's dVAE, VQGAN, or a small dVAE.
+# Any frozen module with `stride`, `encode`, `decode` and config["codes"]: DALL-E's dVAE, VQGAN, a small dVAE.
 
 def resize(images, size):
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic as BEiT's second view of a crop."""
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic like BEiT's second view of a crop."""
     if images.shape[3] == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def tokenizer_view(tokenizer, images, patch_size):
-    """Normalised images (B, 3, H, W) -> what the tokenizer sees, in [0, 1]: stride x stride pixels a patch.
+    """Normalised images (B, 3, H, W) -> the tokenizer's input in [0, 1], stride x stride pixels per patch.
 
-    Decision: it is the same crop. DALL-E's dVAE, with a stride of 8, sees 112 pixels of 224 in patches of 16.
+    Decision: it is the generator's crop, resized. For 224 pixels in patches of 16, DALL-E's dVAE (stride 8)
+    sees 112 pixels.
     """
     return resize(data.denormalize(images), images.shape[3] // patch_size * tokenizer.stride)
 
 
 @torch.no_grad()
 def tokenize(tokenizer, images, patch_size):
-    """Normalised images (B, 3, H, W) -> golden tokens (B, N), of N = (H / patch_size)^2 patches.
+    """Normalised images (B, 3, H, W) -> golden tokens (B, N), one for each of N = (H / patch_size)^2 patches.
 
     Decision: encoder and decoder run under the caller's autocast. On a small dVAE, bf16 changes 5.7 % of the
-    tokens and fp16 0.7 %. These are near ties: decoded images have the same PSNR (21.14 and 21.15 dB).
+    tokens and fp16 0.7 %. Such tokens are nearly tied: decoded images have the same PSNR (21.14, 21.15 dB).
     """
     return tokenizer.encode(tokenizer_view(tokenizer, images, patch_size)).flatten(1)
 
@@ -350,8 +352,8 @@ def dvae_loss(dvae, images, temperature):
     """The loss of a dVAE (Ramesh et al., 2021, sec. 2.1) for images (B, 3, H, W) in [0, 1]."""
     logits = dvae.encode_logits(images)                                        # (B, codes, h, w)
     restored = dvae.decode(F.gumbel_softmax(logits, temperature, dim=1))
-    # Differs from DALL-E: the KL divergence to uniform is that of the codes' mean use, not of each
-    # position's distribution, which in short runs leaves a handful of codes in use.
+    # Differs from DALL-E: the KL divergence to uniform is taken of the codes' mean use. Taken of each
+    # position's distribution, as in DALL-E, it leaves only a handful of codes in use in short runs.
     use = logits.softmax(dim=1).mean(dim=(0, 2, 3)).clamp(min=1e-8)            # (codes,)
     divergence = math.log(len(use)) - torch.special.entr(use).sum()
     return F.mse_loss(restored, images) + 0.01 * divergence
@@ -362,7 +364,7 @@ def train_dvae(args, dataset, val_images):
     dvae = models.DVAE(codes=128, width=16, embed_width=64, blocks=1).to(val_images.device)
     with torch.no_grad():
         # A fresh encoder gives nearly the same code everywhere. Decision: its last layer is scaled once, so
-        # that each code's logit has mean 0 and standard deviation 4: all codes are in use from the start.
+        # that each code's logit has mean 0 and standard deviation 4: all codes are then in use.
         logits = dvae.encode_logits(tokenizer_view(dvae, val_images, args.patch_size))
         gain = 4 / logits.std(dim=(0, 2, 3)).clamp(min=1e-3)                   # (codes,)
         output = dvae.encoder["blocks"]["output"]["conv"]
@@ -377,7 +379,7 @@ def train_dvae(args, dataset, val_images):
             batches = iter(loader)
         lr = learning_rate(step, args.tokenizer_steps, args.tokenizer_steps // 20, 3e-3)
         optimizer.param_groups[0]["lr"] = lr
-        # Gumbel-softmax: from soft to nearly one-hot, as DALL-E's.
+        # Anneals the Gumbel-softmax from soft to nearly one-hot, as DALL-E does.
         progress = min(1.0, step / (0.8 * args.tokenizer_steps))
         temperature = 1 / 16 + (1 - 1 / 16) * 0.5 * (1 + math.cos(math.pi * progress))
         torch.manual_seed(data.seed_from(args.seed, step, 0))
@@ -393,7 +395,7 @@ def train_dvae(args, dataset, val_images):
 
 
 def download_dalle(folder):
-    """Gets DALL-E's two files, 390 MB, unless they are there."""
+    """Downloads DALL-E's two files (390 MB) unless they exist."""
     for name in ("encoder.pkl", "decoder.pkl"):
         try:
             if not os.path.exists(f"{folder}/{name}"):
@@ -405,23 +407,23 @@ def download_dalle(folder):
 
 
 def read_tokenizer(name, folder):
-    """-> the tokenizer of this name from its files in the folder."""
+    """-> the tokenizer of this name, read from its files in the folder."""
     try:
         if name == "dalle":
             return models.load_dalle(f"{folder}/encoder.pkl", f"{folder}/decoder.pkl")
         if name == "vqgan":
             return models.load_vqgan(f"{folder}/vqgan.ckpt")
         return models.load_dvae(models.load_weights_file(f"{folder}/dvae.pt")["model"])
-    except Exception as error:                  # of many types, for a file with other content
-        raise data.BadInput(f"--tokenizer {name} is not in {folder} ({models.last_line(error)}): put its "
-                            "files there (see --tokenizer_dir in --help), or choose another one") from None
+    except Exception as error:                  # a wrong file can raise errors of many types
+        raise data.BadInput(f"cannot read --tokenizer {name} from {folder} ({models.last_line(error)}): put "
+                            "its files there (see --tokenizer_dir in --help), or choose another") from None
 
 
 def read_or_train_dvae(args, dataset, val_images):
     """-> the dVAE of --tokenizer train, which is also written to the output folder."""
     folder = args.tokenizer_dir
     if args.freeze_generator:
-        folder = os.path.dirname(args.freeze_generator) or "."        # its tokens are all that it knows
+        folder = os.path.dirname(args.freeze_generator) or "."        # it was trained on that run's tokens
     if os.path.exists(f"{args.output_dir}/checkpoint.pt"):
         folder = args.output_dir                                      # the run is resumed
     dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images)
@@ -431,7 +433,7 @@ def read_or_train_dvae(args, dataset, val_images):
 
 
 def load_tokenizer(args, dataset, val_images, device, rank, world):
-    """-> the frozen tokenizer on the device; None for generators that need none."""
+    """-> the frozen tokenizer on the device; None if the generator needs no tokenizer."""
     if args.tokenizer is None:
         return None
     if args.tokenizer == "dalle":
@@ -447,7 +449,7 @@ def load_tokenizer(args, dataset, val_images, device, rank, world):
 # ---------------------------------------------------------------- data and model
 
 def init_as_beit(vit):
-    """BEiT's initialisation: normal 0.02, and the last layers of block i smaller by sqrt(2 i)."""
+    """BEiT's initialisation: normal with std 0.02; the output layers of block i are divided by sqrt(2 i)."""
     for param in vit.parameters():
         if param.dim() > 1:                                    # all but biases and LayerNorms
             nn.init.trunc_normal_(param, std=0.02)
@@ -457,8 +459,8 @@ def init_as_beit(vit):
 
 
 def build_generator(args, backbone, size, codes):
-    """-> the Generator for these codes (None: for pixels), which may share layers with the backbone."""
-    # As wide as a ViT enhancer; for others 384 (Table 13), as vit_s. Decision: 96 for resnet_nano.
+    """-> the Generator of `codes` tokens, or of pixels (None). It may share layers with the backbone."""
+    # As wide as a ViT enhancer; for others as wide as vit_s, 384 (Table 13). Decision: 96 for resnet_nano.
     template = args.model
     if not isinstance(backbone, models.ViT):
         template = "vit_nano" if args.model == "resnet_nano" else "vit_s"
@@ -477,7 +479,7 @@ def build_generator(args, backbone, size, codes):
 
 
 def load_generator(generator, args):
-    """Loads the weights of --freeze_generator, a checkpoint.pt of an earlier run (sec. A.1)."""
+    """Loads the generator's weights from --freeze_generator, an earlier run's checkpoint.pt (sec. A.1)."""
     try:
         checkpoint = models.load_weights_file(args.freeze_generator)
         for key in ("img_size", "patch_size", "gen_depth", "generator", "tokenizer"):
@@ -486,14 +488,14 @@ def load_generator(generator, args):
         state = {key.removeprefix("generator."): value for key, value in checkpoint["model"].items()
                  if key.startswith("generator.")}
         models.load_finite(generator, state)
-    except Exception as error:                  # of many types, for a file with other content
+    except Exception as error:                  # a wrong file can raise errors of many types
         raise data.BadInput(f"--freeze_generator {args.freeze_generator} does not fit "
-                            f"({models.last_line(error)}): it wants the checkpoint.pt of a CIM run with "
+                            f"({models.last_line(error)}): give the checkpoint.pt of a CIM run with "
                             "the same generator") from None
 
 
 def build_model(args, codes):
-    """-> (the CIM model for a tokenizer with so many codes, or None; the config of its backbone)."""
+    """-> (the CIM model, its backbone's config); codes: how many the tokenizer has, None without one."""
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     config = {"model": args.model, **size, "norm": "batch"}
     backbone = models.build_model(**config)
@@ -510,7 +512,7 @@ def build_model(args, codes):
 # ---------------------------------------------------------------- what is measured and shown
 
 def psnr(images, reference):
-    """PSNR in dB of two batches of normalised images, from the mean squared error over all of them."""
+    """PSNR in dB between two batches of normalised images, from the mean squared error over the batch."""
     error = F.mse_loss(data.denormalize(images), data.denormalize(reference)).item()
     return -10 * math.log10(max(error, 1e-10))
 
@@ -518,7 +520,7 @@ def psnr(images, reference):
 def start_log(args, model, config, tokenizer, images, num_images, world, dtype, step):
     """Prints what the run is going to do, and writes its arguments to log.jsonl.
 
-    Also what the tokenizer makes of the held-out images: samples/tokenizer.png, PSNR, codes in use.
+    Also tests the tokenizer on the held-out images: samples/tokenizer.png, PSNR, codes in use.
     """
     num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
     per_part = args.batch_size // world // args.accum_steps
@@ -542,22 +544,24 @@ def start_log(args, model, config, tokenizer, images, num_images, world, dtype, 
 
 
 def area_under_curve(scores, labels):
-    """AUC: how often a positive (label True) scores above a negative, ties counted half."""
+    """AUC: how often a positive (label True) scores above a negative; ties count half."""
     # On the CPU: Apple's GPUs have no float64.
-    scores, labels = scores.cpu(), labels.cpu()
-    positive, negative = scores[labels], scores[~labels].sort().values
+    scores = scores.cpu()
+    labels = labels.cpu()
+    positive = scores[labels]
+    negative = scores[~labels].sort().values
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
     return (below.double().mean() / (2 * len(negative))).item()
 
 
 @torch.no_grad()
 def evaluate(model, images, tokenizer, args):
-    """What the two networks do on fixed held-out images, with fixed masks and samples -> {name: number}.
+    """Measures both networks on fixed held-out images, with fixed masks and samples -> {name: number}.
 
-    gen_loss, gen_acc: at the masked positions; replaced: the fraction of these whose sample is not golden.
-    psnr_corrupted, psnr_output: of the enhancer's input and output; psnr_template: of the means alone that
+    gen_loss, gen_acc: at the masked positions; replaced: fraction of these whose sample is not golden.
+    psnr_corrupted, psnr_output: of the enhancer's input and output; psnr_template: of the means alone, which
     de-normalising adds to the output. accuracy, precision, recall, auc: of detecting replaced tokens; no auc
-    if all are replaced, or none.
+    if all tokens are replaced, or none is.
     """
     model.eval()
     torch.manual_seed(args.seed)
@@ -601,8 +605,8 @@ def evaluate(model, images, tokenizer, args):
 
 @torch.no_grad()
 def save_picture(path, model, images, tokenizer, args):
-    """A row per image (figs. 2, 3): original, what the generator sees, three samples, and for the last one
-    the enhancer's output (respix), or the replaced tokens in white and the enhancer's guess (revdet).
+    """One row per image (figs. 2, 3): original, what the generator sees, three samples; then, for the last of
+    them, the enhancer's output (respix), or the replaced tokens in white and the enhancer's guess (revdet).
     """
     model.eval()
     torch.manual_seed(args.seed)
@@ -639,26 +643,27 @@ def write_grid(path, columns):
 # ---------------------------------------------------------------- helpers, identical in all three scripts
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, without the usage of every flag."""
+    """An ArgumentParser whose errors are one sentence, without the usage of every flag."""
 
     def error(self, message):
         raise data.BadInput(f"{message} (see --help)")
 
 
 def number(kind, low, high=1e9):
-    """An argparse type: an int or a float from low to high. That excludes nan and inf."""
+    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-    parse.__name__ = kind.__name__                                    # argparse: "invalid float value"
+    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
     return parse
 
 
 def init_processes(device):
-    """-> (rank, number of processes, device), from torchrun's environment; without it, a single process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> (rank, number of processes, device), read from torchrun's environment; one process without it."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
@@ -669,18 +674,20 @@ def init_processes(device):
         torch.zeros(1, device=device).item()
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
-                            "auto, and no more processes than a machine has GPUs") from None
+                            "auto, and start no more processes than the machine has GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:                                                     # an hour: one process may download
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        # The timeout is an hour, because the other processes wait while the first one downloads.
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     return rank, world, device
 
 
 def together(function, *args, first_only=False):
-    """function(*args) in every process, or in the first one for all. A BadInput in one of them ends all."""
+    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -694,16 +701,17 @@ def together(function, *args, first_only=False):
         result = outcomes[0][1] if first_only else result
     if error:
         if dist.is_initialized():
-            dist.destroy_process_group()                              # run() sees that all processes know
+            dist.destroy_process_group()                              # tells run() that all have the error
         raise data.BadInput(error)
     return result
 
 
 def amp_dtype(amp, device):
-    """The type to compute in, None for float32. On a CPU bf16 is emulated, hundreds of times slower: off."""
-    if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "off" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower."""
+    if amp == "auto" and device.type != "cuda":
+        amp = "off"
+    elif amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -716,14 +724,14 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 
 
 def open_output(folder, resume):
-    """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
+    """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
                             "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
-        # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
+        # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
         fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
@@ -732,48 +740,48 @@ def open_output(folder, resume):
 
 
 def write_file(path, write):
-    """write(temporary path), then the final name: no half-written file ever has it."""
+    """Calls write(temporary path) and renames the file, so that `path` never holds a half-written one."""
     try:
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier one is kept; "
+        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier file is kept; "
                             "make room, then --resume") from None
     finally:
         with suppress(OSError):
             os.remove(path + ".tmp")
 
 
-# What may change when a run is resumed. The other arguments decide on the method and the order of images.
+# The arguments that may change when a run is resumed. The others determine the method or the images' order.
 MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
               "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
 
 
 def load_checkpoint(path, script, args, states):
-    """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
+    """Loads a checkpoint.pt of this script into the states, {"model": model, ...}. -> the file's content."""
     try:
         checkpoint = models.load_weights_file(path)
         conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
                      if key not in MAY_CHANGE and getattr(args, key, value) != value]
         if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it is of {checkpoint['script']}.py {' '.join(conflicts)}")
+            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
+            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
                 state.load_state_dict(checkpoint[name])
         for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
             if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state has other shapes")
+                raise ValueError("the optimizer's state does not fit the weights")
         if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"it has done {checkpoint['step']} steps")
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
-                            "needs the script, the flags and the folder of one and the same run") from None
+                            "needs the script, the flags and the folder of the run that wrote it") from None
     return checkpoint
 
 
 def require_finite(value, step):
-    """-> the value, a loss or a sum with it, if it is finite."""
+    """-> the value: a loss, or a sum that includes one. Raises BadInput if it is not finite."""
     if not math.isfinite(value):
         raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
                             "--resume with a lower --lr, or with --amp off")
@@ -786,29 +794,29 @@ def write_log(folder, line):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: what was allocated on the GPU, else what this process held."""
+    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # KiB; on macOS: bytes
 
 
 def run(main):
-    """main(), in which whatever the user can mend ends in one sentence, printed once."""
+    """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
         return main()
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        # A loader process wraps its error in a traceback: the sentence comes last.
+        # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
         message = message[-1].removeprefix("data.BadInput: ")
     except RuntimeError as error:
         message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended, and said why
+        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
             sys.exit(1)
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error, the first says so
+        time.sleep(5)                                                 # all have this error; rank 0 prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -820,8 +828,8 @@ def main():
     rank, world, device = init_processes(args.device)
     resume = together(open_output, args.output_dir, args.resume, first_only=True)
     if args.data == "cifar10":
-        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
-    # Decision: the paper does not say how small a crop may be; this is what BEiT's code has.
+        together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
+    # Decision: the paper does not say how small a crop may be; 0.08 is from BEiT's code.
     loader, sampler, num_images, val_images = together(
         data.pretraining_data, args, (0.08, 1.0), rank, world)
     val_images = val_images.to(device)
@@ -863,11 +871,11 @@ def main():
         timed_from, start_time, waited = step, time.time(), 0.0
         model.train()
         while step < epoch_end:
-            # Decision: the rate falls to 1e-5, as BEiT's.
+            # Decision: the learning rate falls to 1e-5, as in BEiT.
             lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-5, args.lr))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(data.seed_from(args.seed, step, rank))  # of masks and samples
+            torch.manual_seed(data.seed_from(args.seed, step, rank))  # for masks and samples
             for i in range(args.accum_steps):
                 before = time.time()
                 images = next(batches)[0].to(device, non_blocking=True)
@@ -897,7 +905,7 @@ def main():
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
                       f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
-            if step == first_step + 1:                                # it warms up and compiles: not timed
+            if step == first_step + 1:                                # warm-up and compilation: not timed
                 timed_from, start_time, waited = step, time.time(), 0.0
 
         # The end of an epoch, or of the run: the first process evaluates and writes.

@@ -1,8 +1,8 @@
-"""Datasets, transforms and corruption functions. Tensors in, tensors out.
+"""Datasets, transforms, samplers, and corruptions and masks as functions of tensors.
 
 Datasets return (PIL image, label), and `Transformed` turns such a pair into (tensor, label). Image tensors
-are float32, (B, 3, H, W), normalised with MEAN and STD. A mask that corrupts is boolean, True = corrupted;
-a segmentation mask holds classes, 0 = unlabelled. This file imports nothing of the project.
+are float32, (B, 3, H, W), normalised with MEAN and STD. A corruption mask is boolean, True = corrupted; a
+segmentation mask holds class numbers, 0 = unlabelled. This file imports nothing from the project.
 """
 import colorsys
 import math
@@ -20,18 +20,18 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-# Decision: ImageNet's mean and standard deviation for every data set, as MAE; BEiT's code uses 0.5 for both.
+# Decision: ImageNet's mean and standard deviation for all data sets, as in MAE; BEiT's code has 0.5 for both.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)               # fills what transforms leave empty
 BICUBIC = v2.InterpolationMode.BICUBIC
-SMALL = 128                    # pixels; images below this size keep a larger fraction in a fine-tuning crop
-# Pillow may try only these. Its EPS reader would start Ghostscript for any file, whatever its name.
+SMALL = 128                    # pixels; of smaller images, the crops for fine-tuning keep a larger fraction
+# Pillow may try only these formats: its EPS reader would start Ghostscript for a file of any name.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 class BadInput(Exception):
-    """Something that the user gave is unusable; the message is one sentence with its name and the way out."""
+    """The user's input is unusable. The message is one sentence that names it and says how to fix it."""
 
 
 def seed_from(*numbers):
@@ -42,9 +42,9 @@ def seed_from(*numbers):
 # ---------------------------------------------------------------- datasets
 
 class Shapes(Dataset):
-    """Images drawn by the program, identical everywhere for the same (train, index, size).
+    """Images drawn by the program, identical on every machine for the same (train, index, size).
 
-    One or two objects of one of ten classes stand before sky and ground. The class sets the outline, the
+    One or two objects of one of ten classes stand in front of sky and ground. The class sets the outline, the
     texture and, up to some noise, the hue, so that each of the three can be guessed from the other two.
     """
 
@@ -90,7 +90,7 @@ class Shapes(Dataset):
 
 
 def open_image(path, formats=FORMATS):
-    """The image file as a PIL image, turned upright by its EXIF tag. BadInput names a file that is broken."""
+    """-> PIL image, turned upright by its EXIF tag. Raises BadInput, which names a broken file."""
     if not os.path.isfile(path):                                     # opening a FIFO could wait forever
         raise BadInput(f"the image {path} is missing or not a regular file: remove it from the data")
     try:
@@ -104,10 +104,10 @@ def open_image(path, formats=FORMATS):
 
 
 def read_rgb(path):
-    """The image file as a PIL image in RGB, from gray, palette, RGBA or CMYK. Raises BadInput."""
+    """-> PIL image in RGB, converted from gray, palette, RGBA or CMYK. Raises BadInput."""
     image = open_image(path)
-    # Pillow's own conversion would clip gray images of more than 8 bits to white or black.
-    # Decision: integers span 16 bits; floats span 0 to 1 if none is above 1, else 0 to 255.
+    # Pillow's own conversion would clip gray images of more than 8 bits, often to plain white or black.
+    # Decision: integers have 16 bits; floats range from 0 to 1 if none is above 1, else from 0 to 255.
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     elif image.mode == "F":
@@ -133,7 +133,7 @@ class Images(Dataset):
 
 
 def find_images(folder):
-    """Sorted paths of all image files below the folder. Links to folders are followed, each folder once."""
+    """-> sorted paths of all image files below the folder. Links are followed, each folder once."""
     def stop(error):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror}): "
                        "make it readable or move it out of the data")
@@ -165,15 +165,15 @@ def cifar10(train=True):
 def unlabelled_dataset(name, train, img_size):
     """The training or the held-out images of "shapes", "cifar10" or a folder. Raises BadInput.
 
-    A folder with train/ and val/ is used as such; from any other tree of images, every tenth image (but not
-    many more than 256 in all) is held out.
+    In a folder with train/ and val/, val/ is held out. Of any other tree of images, every tenth image is held
+    out, but not many more than 256 in all.
     """
     if name == "shapes":
         return Shapes(train, img_size)
     if name == "cifar10":
         return cifar10(train)
     if not os.path.isdir(name):
-        raise BadInput(f"--data {name} is no folder: give a folder of images, 'shapes' or 'cifar10'")
+        raise BadInput(f"--data {name} is not a folder: give a folder of images, 'shapes' or 'cifar10'")
     folder = f"{name}/train" if os.path.isdir(f"{name}/train") else name
     if folder != name and os.path.isdir(f"{name}/val"):
         folder = folder if train else f"{name}/val"
@@ -189,10 +189,10 @@ def unlabelled_dataset(name, train, img_size):
 
 
 def labelled_dataset(name, train, img_size):
-    """"shapes", "cifar10", or a folder with train/CLASS/ and val/CLASS/, the same classes in both.
+    """Images and labels of "shapes", "cifar10" or a folder with train/CLASS/ and val/CLASS/.
 
-    The dataset has `classes`, their names in the order of the labels, and `targets`, all labels. Raises
-    BadInput.
+    train/ and val/ must have the same classes. The dataset has `classes`, their names in the order of the
+    labels, and `targets`, the label of each image. Raises BadInput.
     """
     if name in ("shapes", "cifar10"):
         return unlabelled_dataset(name, train, img_size)
@@ -201,14 +201,14 @@ def labelled_dataset(name, train, img_size):
         try:
             classes[split] = sorted(entry.name for entry in os.scandir(f"{name}/{split}") if entry.is_dir())
         except OSError as error:
-            raise BadInput(f"--data {name} has no folder {split} to read ({error.strerror}): give a folder "
+            raise BadInput(f"--data {name} has no readable folder {split} ({error.strerror}): give a folder "
                            "with train/CLASS/ and val/CLASS/, 'shapes' or 'cifar10'") from None
     if classes["train"] != classes["val"]:
         raise BadInput(f"classes differ ({describe_difference(classes['train'], classes['val'])}): "
                        f"give {name}/train and {name}/val the same class folders")
     folder = f"{name}/train" if train else f"{name}/val"
     labels = {class_name: label for label, class_name in enumerate(classes["train"])}
-    # One search over all classes, so that an image which two links lead to has one label.
+    # All classes are searched at once, so that an image to which two links lead has only one label.
     class_of = {path: path[len(folder) + 1:].split(os.sep)[0] for path in find_images(folder)}
     paths = [path for path in class_of if class_of[path] in labels]  # not files beside the class folders
     empty = sorted(set(labels) - set(class_of.values()))
@@ -219,14 +219,14 @@ def labelled_dataset(name, train, img_size):
 
 
 def describe_difference(train_names, val_names, train_label="train", val_label="val"):
-    """What two sets of class names do not share, such as "only in train: c; only in val: none"."""
+    """Says which class names only one of two sets has, such as "only in train: c; only in val: none"."""
     only_train = sorted(set(train_names) - set(val_names))[:3] or ["none"]
     only_val = sorted(set(val_names) - set(train_names))[:3] or ["none"]
     return f"only in {train_label}: {', '.join(only_train)}; only in {val_label}: {', '.join(only_val)}"
 
 
 def few_labels(targets, fraction, seed):
-    """Sorted indices of a class-balanced subset: round(fraction x size) of each class, at least one."""
+    """-> sorted indices of a random subset with round(fraction x size) images of each class, at least one."""
     targets = np.asarray(targets)
     order = np.random.default_rng(seed).permutation(len(targets))
     indices = []
@@ -240,7 +240,7 @@ class Segmentation(Images):
     """Images with masks in ADE20K's layout: (PIL image, Mask (H, W) int64). Raises BadInput.
 
     The files are root/images/{training,validation}/NAME.jpg and root/annotations/{training,validation}/
-    NAME.png. A mask is as large as its image and has one channel: 0 = unlabelled, classes 1 to num_classes.
+    NAME.png. A mask is as large as its image and has one channel: 0 = unlabelled, 1 to num_classes = class.
     """
 
     def __init__(self, root, train, num_classes):
@@ -260,36 +260,36 @@ class Segmentation(Images):
     def __getitem__(self, index):
         image, _ = super().__getitem__(index)
         path = self.masks[index]
-        # Only PNG: its pixels are integers (a palette's are the indices) and were not compressed with loss.
+        # Only PNG: it is lossless, and its pixels are integers (with a palette, the indices).
         mask = np.array(open_image(path, formats=["PNG"]), dtype=np.int64)
         if mask.shape != image.size[::-1]:
             raise BadInput(f"the mask {path} is {mask.shape}, its image {image.size[::-1]} high and wide: "
                            "give both the same size, and the mask one channel")
         if mask.max() > self.num_classes:
             raise BadInput(f"the mask {path} has the label {mask.max()}, above --num_classes "
-                           f"{self.num_classes}: raise that, or set these pixels to 0, unlabelled")
+                           f"{self.num_classes}: raise it, or set these pixels to 0, unlabelled")
         return image, tv_tensors.Mask(mask)
 
 
 # ---------------------------------------------------------------- transforms
-# Transforms resize a tensor where they can: torchvision's kernel for bytes takes a third of Pillow's time,
-# and the results differ by 0.025 of 255 levels on average.
+# Transforms resize tensors of bytes where they can: torchvision's kernel takes a third of Pillow's time, and
+# the results differ by 0.025 of 255 levels on average.
 
 TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]      # leaves masks alone
 
 
 def pretrain_transform(img_size, scale):
-    """PIL image -> (3, img_size, img_size): a random crop and flip, as both papers pretrain.
+    """PIL image -> (3, img_size, img_size): a random crop and flip, as in both papers' pretraining.
 
     The crop covers a fraction U(*scale) of the image's area. Decision: the energy method passes (0.2, 1), as
-    MAE, and CIM (0.08, 1), as BEiT's code.
+    in MAE; CIM passes (0.08, 1), as in BEiT's code.
     """
     return v2.Compose([v2.ToImage(), v2.RandomResizedCrop(img_size, scale=scale, interpolation=BICUBIC),
                        v2.RandomHorizontalFlip(), *TO_FLOAT])
 
 
 def center_transform(img_size, crop_ratio=1.0):
-    """PIL image -> (3, img_size, img_size): short side resized to img_size / crop_ratio, centre cropped."""
+    """PIL image -> (3, img_size, img_size): short side resized to img_size / crop_ratio, centre crop."""
     return v2.Compose([v2.ToImage(), v2.Resize(int(img_size / crop_ratio), interpolation=BICUBIC),
                        v2.CenterCrop(img_size), *TO_FLOAT])
 
@@ -297,15 +297,15 @@ def center_transform(img_size, crop_ratio=1.0):
 def finetune_transform(img_size, randaug, erasing):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
-    Differs from the paper: torchvision's RandAugment applies two operations of one fixed strength; the
-    papers' (timm's) skips each with probability 0.5 and varies the strength with standard deviation 0.5.
+    Differs from the paper: torchvision's RandAugment applies two operations of one fixed strength. The papers
+    use timm's, which skips each with probability 0.5 and varies the strength with standard deviation 0.5.
     """
-    # Decision: 8 % of a CIFAR image are 9 x 9 pixels, so small images keep at least 35 %.
+    # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
-    # On PIL images, because torchvision's bicubic rotations need them; RandAugment takes most of the time.
+    # These steps take PIL images, which torchvision's bicubic rotations need. RandAugment takes most time.
     steps = [v2.RandomResizedCrop(img_size, scale=scale, interpolation=BICUBIC), v2.RandomHorizontalFlip()]
     if randaug:
-        # Strength s of 10 is bin s of 11; with torchvision's default of 31 bins, 9 would be a strength of 3.
+        # Strength s of 10 is bin s of 11. With torchvision's default of 31 bins, 9 would be a strength of 3.
         steps.append(v2.RandAugment(2, randaug, num_magnitude_bins=11, interpolation=BICUBIC,
                                     fill=MEAN_COLOR))
     steps += [v2.ToImage(), *TO_FLOAT]
@@ -315,10 +315,10 @@ def finetune_transform(img_size, randaug, erasing):
 
 
 def segment_transform(img_size, train):
-    """PIL image, Mask -> (3, H, W), (H, W). Validation uses the whole image at its own size.
+    """PIL image, Mask -> (3, H, W), (H, W). Validation takes the whole image at its own size.
 
-    Training: short side img_size x U(0.5, 2), random crop of img_size (padding is unlabelled), flip, and
-    photometric jitter.
+    Training: short side resized to img_size x U(0.5, 2), random crop of img_size (padding is unlabelled),
+    flip, photometric jitter.
     """
     steps = []
     if train:
@@ -330,10 +330,10 @@ def segment_transform(img_size, train):
 
 
 class Transformed(Dataset):
-    """transform(image, label), with random numbers that depend on (seed, epoch, index) and on nothing else:
-    not on the number of workers or processes, nor on where a run was killed and resumed.
+    """A dataset with a transform(image, label), whose random numbers depend on (seed, epoch, index) alone:
+    neither on the number of workers or processes, nor on where a run was killed and resumed.
 
-    Its keys are pairs (epoch, index), as EpochSampler yields them.
+    Its keys are the pairs (epoch, index) that EpochSampler yields.
     """
 
     def __init__(self, dataset, transform, seed):
@@ -354,7 +354,7 @@ class Transformed(Dataset):
 
 
 def fixed_images(dataset, img_size, count=64):
-    """Up to `count` images spread evenly over the dataset -> (count, 3, img_size, img_size)."""
+    """-> (count, 3, img_size, img_size): up to `count` images, evenly spread over the dataset."""
     transform = center_transform(img_size)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     return torch.stack([transform(dataset[index][0]) for index in indices])
@@ -363,7 +363,7 @@ def fixed_images(dataset, img_size, count=64):
 # ---------------------------------------------------------------- the order of the samples
 
 def default_workers():
-    """Loader processes of each process: the CPUs that this job may use over the processes of this machine."""
+    """-> loader workers per process: this job's CPUs, divided among its processes on this machine."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -371,14 +371,14 @@ def default_workers():
 class EpochSampler(DistributedSampler):
     """DistributedSampler whose items are the keys of `Transformed`, pairs (epoch, index).
 
-    A loader's worker processes live through all epochs and see only the keys, so the epoch, which the seed of
-    a crop depends on, has to travel in them.
+    The seed of a crop depends on the epoch. A loader's worker processes live through all epochs and see only
+    the keys, so the keys have to carry the epoch.
     """
 
     skip = 0
 
     def set_epoch(self, epoch, skip=0):
-        """Starts an epoch, without the first `skip` samples of this process: a resumed run has seen them."""
+        """Starts an epoch without this process's first `skip` samples, which a resumed run has seen."""
         super().set_epoch(epoch)
         self.skip = skip
 
@@ -389,8 +389,8 @@ class EpochSampler(DistributedSampler):
 def pretraining_data(args, crop_scale, rank, world):
     """-> (loader of this process's training crops, its sampler, number of training images, held-out images).
 
-    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. The held-out
-    images are at most 64: (64, 3, H, W). Raises BadInput.
+    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. There are at
+    most 64 held-out images: (64, 3, H, W). Raises BadInput.
     """
     train_set = unlabelled_dataset(args.data, True, args.img_size)
     val_set = unlabelled_dataset(args.data, False, args.img_size)
@@ -410,13 +410,13 @@ def pretraining_data(args, crop_scale, rank, world):
 
 
 class RepeatingSampler(EpochSampler):
-    """Repeated augmentation (Hoffer et al., 2019): each image appears `repeats` times in a batch, in crops of
-    their own. `batch_size` counts all processes.
+    """Repeated augmentation (Hoffer et al., 2019): each image appears `repeats` times in a batch, in
+    different crops. `batch_size` counts the images of all processes.
 
-    As in DeiT, the copies go to different places and an epoch is as long as without, so that it shows only
-    1 / repeats of the images. A batch runs through its distinct images, then through them again: MixUp and
-    CutMix mix each image with its neighbour, which must not be a copy of it. With 3 repeats, no neighbours
-    are copies, in accumulation parts neither, if each process has more than 10 images per step.
+    As in DeiT, an epoch is as long as without repeats, so it shows only 1 / repeats of the images. A batch
+    runs through its distinct images, then through them again. This keeps copies apart: MixUp and CutMix mix
+    each image with its neighbour, which must not be a copy of it. With 3 repeats, no neighbours are copies,
+    not even in accumulation parts, if each process has more than 10 images per step.
     """
 
     def __init__(self, dataset, world, rank, seed, batch_size, repeats=3, drop_last=True):
@@ -432,18 +432,18 @@ class RepeatingSampler(EpochSampler):
         for position in range(start, self.total_size, self.num_replicas):
             batch, position_in_batch = divmod(position, self.batch_size)
             copy, image = divmod(position_in_batch, num_distinct)
-            # The copies differ in the "epoch" of the key, and so in the seed of their crops.
+            # The copies differ in the key's "epoch", and therefore in the seed of their crops.
             yield self.epoch * self.repeats + copy, order[batch * num_distinct + image]
 
 
 # ---------------------------------------------------------------- corruptions (energy paper, sec. 4.1)
-# Each takes a batch of normalised images (B, 3, H, W) and returns a corrupted copy, drawn for each image with
-# `generator`, a torch.Generator on the images' device.
-# Decision: "blank" is 0, the mean colour; the paper does not say which value.
+# A corruption takes normalised images (B, 3, H, W) and returns a corrupted copy. It draws random numbers for
+# each image from `generator`, a torch.Generator on the images' device.
+# Decision: "blank" is 0, the mean colour; the paper does not state a value.
 
 def normalize(images):
     """(B, 3, H, W) in [0, 1] -> normalised with MEAN and STD."""
-    # Plain numbers for each channel: copying a tensor of constants to a GPU makes every call wait for it.
+    # With Python numbers for each channel, no call has to wait for a tensor of constants to reach the GPU.
     channels = zip(images.unbind(dim=1), MEAN, STD)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
@@ -464,10 +464,11 @@ def gray(images, generator):
 def grid_mask(images, generator, cell, ratio):
     """-> (B, 1, H, W), True = corrupted: round(ratio * cells) cells of a regular grid (Gridded, Table 1).
 
-    A cell is a square of `cell` pixels, of which H and W are multiples.
+    A cell is a square with a side of `cell` pixels; H and W are multiples of it.
     """
     B, _, H, W = images.shape
-    h, w = H // cell, W // cell
+    h = H // cell
+    w = W // cell
     order = torch.rand(B, h * w, generator=generator, device=images.device).argsort(dim=1).argsort(dim=1)
     mask = (order < round(ratio * h * w)).view(B, 1, h, w)
     return mask.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
@@ -482,13 +483,13 @@ def mask_random(images, generator, count, area):
     """Blanks `count` rectangles of area U(*area) and aspect ratio U(0.5, 2) each (Random, Table 1).
 
     Decision: the paper's "size" is a fraction of the image's area; 75 small rectangles then cover about
-    68 % of an image, 25 large ones 54 %. They lie inside the image, uniformly, and may overlap.
+    68 % of an image, 25 large ones 54 %. They are placed uniformly inside the image and may overlap.
     """
     B, _, H, W = images.shape
     uniform = torch.rand(4, B, count, 1, generator=generator, device=images.device)
     fraction = area[0] + (area[1] - area[0]) * uniform[0]
     aspect = 0.5 + 1.5 * uniform[1]
-    # A rectangle of more than half of the image cannot be as long as its aspect ratio wants.
+    # The aspect ratio of a rectangle that covers more than half of the image may not fit: it is clamped.
     height_fraction = (fraction * aspect).sqrt().clamp(fraction, torch.ones_like(fraction))
     height = H * height_fraction                                     # (B, count, 1), in pixels
     width = W * fraction / height_fraction
@@ -503,9 +504,9 @@ def mask_random(images, generator, count, area):
 
 
 def low_resolution(images, generator, scale):
-    """Bicubic down by `scale`, nearest up: constant on scale x scale blocks (SR, Table 2)."""
+    """Bicubic down by `scale`, then nearest up to blocks of scale x scale equal pixels (SR, Table 2)."""
     H, W = images.shape[2:]
-    # Decision: with antialiasing, as Pillow's and MATLAB's bicubic; PyTorch's default is without.
+    # Decision: with antialiasing, as in Pillow and MATLAB; PyTorch's default is without.
     small = F.interpolate(images, size=(H // scale, W // scale), mode="bicubic", antialias=True)
     return F.interpolate(small, size=(H, W), mode="nearest")
 
@@ -518,17 +519,19 @@ def noise(images, generator):
 
 
 def mix(images, generator, corruptions):
-    """One of the corruptions, a list of functions f(images, generator), uniformly per image (sec. 4.2)."""
+    """Each image gets one of the corruptions, functions f(images, generator), drawn uniformly (sec. 4.2)."""
     choice = torch.randint(len(corruptions), (len(images),), generator=generator, device=images.device)
     corrupted = torch.stack([corrupt(images, generator) for corrupt in corruptions])   # (kinds, B, 3, H, W)
     return corrupted[choice, torch.arange(len(images), device=images.device)]
 
 
 def blank_patch_edges(images, generator, patch_size):
-    """Blanks the k outermost pixels of every patch, k = 1 or 2 with probability 1/2 per patch (sec. A.2)."""
+    """Blanks a border of k pixels in every patch, k = 1 or 2 with probability 1/2 each (sec. A.2)."""
     B, _, H, W = images.shape
-    p, h, w = patch_size, H // patch_size, W // patch_size
-    max_k = 2 if p >= 5 else 1       # Decision: k = 1 for patches under 5 pixels: k = 2 would leave nothing
+    p = patch_size
+    h = H // p
+    w = W // p
+    max_k = 2 if p >= 5 else 1       # Decision: k = 1 below 5 pixels, where k = 2 would blank all
     k = 1 + torch.randint(max_k, (B, h, 1, w, 1), generator=generator, device=images.device)
     i = torch.arange(p, device=images.device)
     depth = torch.minimum(i, p - 1 - i)                              # 0 at the edge, 1, ...
@@ -539,11 +542,11 @@ def blank_patch_edges(images, generator, patch_size):
 
 # ---------------------------------------------------------------- masks of patches (CIM paper, sec. 2.1)
 # Each returns (count, grid_size^2) booleans, True = masked. `fraction` is (low, high).
-# Decision: the number masked is drawn for each image, uniformly between low and high: the paper only says
-# "100 to 120" of 196.
+# Decision: the number of masked patches is drawn for each image, uniformly between low and high; the paper
+# only says "100 to 120" of 196.
 
 def random_mask(count, generator, grid_size, fraction, device="cpu"):
-    """Masks of positions that are drawn independently of each other."""
+    """Masks of single positions, drawn uniformly without replacement."""
     low, high = (round(bound * grid_size ** 2) for bound in fraction)
     num_masked = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
     uniform = torch.rand(count, grid_size ** 2, generator=generator, device=device)
@@ -551,12 +554,12 @@ def random_mask(count, generator, grid_size, fraction, device="cpu"):
 
 
 def block_mask(count, generator, grid_size, fraction):
-    """Masks of rectangles, as BEiT (Bao et al., 2021, algorithm 1): at most the number drawn, at times fewer.
+    """Masks of rectangles, as in BEiT (Bao et al., 2021, algorithm 1): the number drawn, or sometimes fewer.
 
-    A rectangle's aspect ratio is log-uniform in (0.3, 1 / 0.3). When ten in a row do not fit, the mask is
-    finished.
+    A rectangle's aspect ratio is log-uniform in (0.3, 1 / 0.3). A mask is finished when ten rectangles in a
+    row do not fit.
     """
-    # A Python loop per image: NumPy's random numbers cost far less than one tensor operation each.
+    # In a Python loop per image, NumPy's random numbers cost far less than a tensor operation for each.
     rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
     low, high = (round(bound * grid_size ** 2) for bound in fraction)
     smallest = grid_size ** 2 * 16 / 196     # Decision: BEiT's 16 patches of 196 as a fraction of any grid

@@ -1,9 +1,9 @@
 """Energy-Inspired Self-Supervised Pretraining for Vision Models (Wang et al., ICLR 2023), in one file.
 
-One network and no decoder. Its forward pass gives an image an energy E(x); its backward pass with respect to
-the image gives a restoration step x - alpha * dE/dx. An image is corrupted and moved one or two such steps
-downhill, and the weights learn to make the result the original (eq. 5; with --corrupt sort, eq. 7 on the
-position embedding). --method autoencoder trains the baselines of Tables 1 and 2: MAE and its variants.
+One network and no decoder. Its forward pass assigns an image an energy E(x); its backward pass with respect
+to the image gives a restoration step x - alpha * dE/dx. A corrupted image takes one or two such steps
+downhill, and the weights learn to lead it back to the original (eq. 5; with --corrupt sort, eq. 7 on the
+position embeddings). --method autoencoder trains the baselines of Tables 1 and 2: MAE and its variants.
 
     python energy_pretrain.py --model vit_nano --img_size 32 --patch_size 4                      # one process
     torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet        # one node
@@ -11,8 +11,8 @@ position embedding). --method autoencoder trains the baselines of Tables 1 and 2
         energy_pretrain.py --model vit_b --data /path/to/imagenet --batch_size 1024              # two nodes
 
 Measured: the first command with --batch_size 32 --lr 5e-3 --epochs 2 --energy_steps 1 takes two minutes on
-two CPU cores (torch 2.14). One step takes held-out images from 12.9 to 17.9 dB (mask), from 21.3 to 21.5
-(super-resolution), from 14.1 to 18.8 (noise) and from 16.2 to 18.1 (gray).
+two CPU cores (torch 2.14). One step raises the PSNR of held-out images from 12.9 to 17.9 dB (mask), from 21.3
+to 21.5 (super-resolution), from 14.1 to 18.8 (noise) and from 16.2 to 18.1 (gray).
 """
 import argparse
 import fcntl
@@ -40,7 +40,7 @@ import models
 
 ALPHA = 0.1                                       # the initial step size (sec. A.1)
 MIX = ("grid", "sr", "denoise", "color")          # what --corrupt mix draws from (sec. 4.2)
-# Decision: the mask in the mix is the grid, the one that Table 1 compares with MAE.
+# Decision: the mix masks cells of a grid, the variant that Table 1 compares with MAE.
 
 
 # ---------------------------------------------------------------- arguments
@@ -50,12 +50,12 @@ def parse_args():
                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
-      "a folder: train/ and val/ with images below, or any tree of images")
+      "a folder: train/ and val/ with images inside, or any tree of images")
     g("--model", default="vit_s", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
-    g("--img_size", type=number(int, 8, 4096), default=224, help="pixels a side; 32 for CIFAR")
+    g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
     g("--patch_size", type=number(int, 1, 256), default=16,
-      help="pixels a side of a ViT's patches; 4 for CIFAR")
-    # Decision: the paper does not say which feature h sees. Both restore equally well.
+      help="side of a ViT's patches in pixels; 4 for CIFAR")
+    # Decision: the paper does not say which feature h takes. Both restore images equally well.
     g("--pool", default="mean", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean")
 
     g = p.add_argument_group("method").add_argument
@@ -65,40 +65,40 @@ def parse_args():
       help="the pretext task; mix: one of grid, sr, denoise, color for each image; sort: ViT only")
     g("--energy_steps", type=number(int, 0, 100), metavar="N",
       help="gradient steps on each corrupted image; None: 2; the paper takes 1 in runs of 100 epochs; "
-      "0: corrupted images as negatives, no step (Figure A)")
+      "0: no step, corrupted images serve as negatives (Figure A)")
     g("--alpha", default="learned", choices=["learned", "predicted"],
       help="the step size: one learned number, or one predicted for each image by a linear head")
-    # Decision: the paper's cells of 16 pixels and super-resolution of 16x, at 224/16, follow the patch size.
-    g("--mask_cell", type=number(int, 1, 1024), help="pixels a side of a grid cell; None: the patch size")
-    g("--sr_scale", type=number(int, 2, 1024), help="how many times smaller sr makes an image; None: "
-      "the patch size, as in the paper; half of it left small ViTs better features, see .study/README.md")
-    # Decision: the paper tries several ratios and does not say which one mix takes; 0.75 is MAE's.
+    # Decision: the paper's grid cells and super-resolution factor, 16 at 224/16, follow the patch size.
+    g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; None: the patch size")
+    g("--sr_scale", type=number(int, 2, 1024), help="super-resolution factor; None: the patch size, "
+      "as in the paper; half of that gave small ViTs better features, see .study/README.md")
+    # Decision: the paper tries several ratios and does not say which one the mix uses; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
-      help="fraction of the grid that is blanked")
+      help="fraction of the grid's cells that are blanked")
 
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=200, help="passes over the training images")
     # Decision: the paper does not state its warm-up.
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10%% of the epochs, at most 40")
     g("--batch_size", type=number(int, 1), default=256, help="images per optimizer step, over all processes")
-    g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
+    g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak learning rate; None: the paper's, 1e-4 x batch_size / "
-      "256; vit_nano in a run of minutes wants 5e-3")
+      "256; use 5e-3 for vit_nano in runs of a few minutes")
     g("--weight_decay", type=number(float, 0, 10), default=0.05, help="AdamW's, on matrices and kernels only")
-    # Decision: the paper states no clipping; 1.0 is rarely reached and catches spikes.
-    g("--clip_grad", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no clipping")
-    g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
+    # Decision: the paper mentions no clipping; a norm of 1.0 is rarely reached and stops spikes.
+    g("--clip_grad", type=number(float, 0), default=1.0, help="largest gradient norm; 0: no clipping")
+    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
     g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops and corruptions")
 
     g = p.add_argument_group("machine").add_argument
     g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-      help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
+      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
     g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
     g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
-      help="loader processes of each process")
+      help="data loader workers per process")
     g("--output_dir", help="where results go; None: runs/METHOD_MODEL")
-    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
+    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
     args = p.parse_args()
 
     is_vit = args.model.startswith("vit")
@@ -107,12 +107,13 @@ def parse_args():
         p.error(f"--method autoencoder is for ViTs, not {args.model}: choose a ViT, or --method energy")
     if not is_energy and (args.energy_steps is not None or args.alpha != "learned"):
         p.error("--energy_steps and --alpha are for --method energy: an autoencoder restores in one pass, "
-                "leave them out")
+                "so leave them out")
     if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
                 "choose a ViT, and --patch_size 3 or more")
     args.output_dir = args.output_dir or f"runs/{args.method}_{args.model}"
-    args.energy_steps = (2 if is_energy else 1) if args.energy_steps is None else args.energy_steps
+    if args.energy_steps is None:
+        args.energy_steps = 2 if is_energy else 1
     args.mask_cell = args.mask_cell or args.patch_size
     args.sr_scale = args.sr_scale or args.patch_size
     args.lr = args.lr or 1e-4 * args.batch_size / 256
@@ -121,7 +122,7 @@ def parse_args():
                                 ("--mask_cell", args.mask_cell, args.corrupt in ("grid", "mix")),
                                 ("--sr_scale", args.sr_scale, args.corrupt in ("sr", "mix"))]:
         if used and args.img_size % divisor:
-            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change either")
+            p.error(f"--img_size {args.img_size} is not a multiple of {name} {divisor}: change one of them")
     num_cells = (args.img_size // args.mask_cell) ** 2
     if args.corrupt in ("grid", "mix") and not 0 < round(args.mask_ratio * num_cells) < num_cells:
         p.error(f"--mask_ratio {args.mask_ratio} blanks none or all of the {num_cells} cells: change it")
@@ -131,20 +132,20 @@ def parse_args():
 # ---------------------------------------------------------------- the method
 
 class EnergyModel(nn.Module):
-    """E(x) = h(psi(x)) and the step downhill in it (sec. 3.2). main() runs eq. (5), one forward() a step:
+    """E(x) = h(psi(x)) and a step downhill in it (sec. 3.2). main() runs eq. (5), with a forward() per step:
 
         x = corrupt(images)
         for n in 1 ... N:
             x = x.detach()                           # stop gradient: no path from one step to the next
             x = x - alpha * dE(x)/dx                 # keeps its graph: the weights learn through it
-            (mse(x, images) / N).backward()          # at once: the N terms share no graph
+            (mse(x, images) / N).backward()          # right away: the N terms share no graph
         optimizer.step()
 
-    x is what gets restored: images (B, 3, H, W), or the position embedding (B, M, dim) of images (sec. 3.4).
-    The scale is a fixed factor of the energy, see calibrate_and_freeze_unused().
+    x is what gets restored: images (B, 3, H, W), or the position embeddings (B, M, dim) of their patches
+    (sec. 3.4). `scale` is a constant factor of the energy, see calibrate_and_freeze_unused().
     """
 
-    visible_only = False                              # all patches enter, also the blank ones
+    visible_only = False                              # the backbone sees all patches, blank or not
 
     def __init__(self, backbone, alpha="learned", num_steps=1):
         super().__init__()
@@ -153,7 +154,7 @@ class EnergyModel(nn.Module):
         self.head = nn.Linear(backbone.width, 1, bias=False)          # h
         self.num_steps = num_steps                                    # N
         self.register_buffer("scale", torch.ones(()))
-        # Sec. A.1: alpha is kept positive. Decision: by an exponential.
+        # Sec. A.1: alpha is kept positive. Decision: it is an exponential.
         self.alpha = alpha
         if alpha == "learned":
             self.log_alpha = nn.Parameter(torch.tensor(math.log(ALPHA)))
@@ -168,7 +169,7 @@ class EnergyModel(nn.Module):
         return self.backbone.pos_embed[:, 1:].detach()
 
     def energy(self, x, images=None, keep=None):
-        """-> (energies of the images (B,), without the scale; alpha, () or (B, 1, ...))."""
+        """-> (energy of each image (B,), not yet multiplied by `scale`; alpha, () or (B, 1, ...))."""
         if images is None:
             feature = self.backbone(x)                                # (B, width)
         else:
@@ -180,53 +181,54 @@ class EnergyModel(nn.Module):
         return self.head(feature).squeeze(1), alpha
 
     def restore(self, x, **context):
-        """One step downhill: the shape of x, with a graph to all weights (unless under no_grad)."""
-        # fp16 ends at 65,504 and ViT-S already has a scale of 5,000: what exceeds 1,000 is multiplied later.
+        """-> x after one step downhill, with a graph that reaches all weights (unless under no_grad)."""
+        # fp16 overflows at 65,504 and ViT-S has a scale of 5,000: what exceeds 1,000 is multiplied in below.
         inner_scale = self.scale.clamp(max=1000)
 
         def summed_energy(x):
             energy, alpha = self.energy(x, **context)
-            return inner_scale * energy.sum(), alpha                  # the sum: images do not share gradients
+            return inner_scale * energy.sum(), alpha                  # the sum keeps their gradients apart
 
-        # Fused attention has no second derivative; the MATH backend has.
+        # Fused attention has no second derivative; the MATH backend has one.
         with sdpa_kernel(SDPBackend.MATH):
-            # What autograd.grad(E, x, create_graph=True) gives, in a form that torch.compile can take too.
+            # Equals autograd.grad(E, x, create_graph=True), in a form that torch.compile supports.
             gradient, alpha = torch.func.grad(summed_energy, has_aux=True)(x)
         return x - alpha * (self.scale / inner_scale) * gradient      # Eq. (5), (7): x - alpha dE/dx
 
     def forward(self, x, target, **context):
-        """-> (MSE of the restored x against the target, the restored x without its graph)."""
+        """-> (MSE between the restored x and the target, the detached restored x)."""
         if self.num_steps == 0:
             return self.contrast(x, target, **context), x
-        x = self.restore(x.detach(), **context)                       # Eq. (5): SG, no gradient across steps
+        x = self.restore(x.detach(), **context)                       # Eq. (5): SG, the stop gradient
         return F.mse_loss(x, target), x.detach()
 
     def contrast(self, x, target, **context):
-        """N = 0 (Figure A): corrupted images as negatives, without a step. -> loss ()
+        """N = 0 (Figure A): corrupted images serve as negatives, and no step is taken. -> loss ()
 
-        Decision: the logistic loss of the difference in energy between an image and its corruption.
+        Decision: the logistic loss of the energy difference between an image and its corrupted copy.
         """
         return F.softplus(self.energy(target, **context)[0] - self.energy(x, **context)[0]).mean()
 
 
 class AutoEncoder(nn.Module):
-    """The baseline of Tables 1 and 2: a ViT, and a decoder that is thrown away (MAE, He et al., 2022).
+    """The baseline of Tables 1 and 2: a ViT and a decoder, which is not kept (MAE, He et al., 2022).
 
-        tokens = encoder(patches of x)                  # with `keep` alone (MAE): of the visible ones only
-        tokens = decoder(tokens, mask tokens for what did not enter, fixed positions)
+        tokens = encoder(patches of x)                  # MAE (`keep` alone): the visible patches only
+        tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions)
         MAE:        mse(pixels of the masked patches, each patch normalised)
         sort:       cross entropy(the patch's position among N); the encoder has no position embedding
-        otherwise:  mse(all pixels)                     # Decision: not normalised, as eq. (5)
+        otherwise:  mse(all pixels)                     # Decision: not normalised, as in eq. (5)
 
-    The interface is EnergyModel's.
+    It has the interface of EnergyModel.
     """
 
     num_steps = 1
 
     def __init__(self, backbone, visible_only=False, sort=False):
         super().__init__()
-        self.backbone, self.visible_only = backbone, visible_only
-        # MAE's decoder; Decision: for vit_nano and vit_t two blocks of their own width.
+        self.backbone = backbone
+        self.visible_only = visible_only
+        # MAE's decoder. Decision: vit_nano and vit_t get two blocks of the encoder's width instead.
         width, depth, heads = 512, 8, 16
         if backbone.width < 384:
             width, depth, heads = backbone.width, 2, backbone.blocks[0].attn.heads
@@ -245,14 +247,14 @@ class AutoEncoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def decode(self, tokens, positions):
-        """Tokens (B, 1 + M, width), class token first, and positions of the M patches -> (B, M, outputs)."""
+        """Tokens (B, 1 + M, width), class token first, and the M patches' positions -> (B, M, outputs)."""
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:] + positions], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(self.norm(tokens))[:, 1:].float()
 
     def forward(self, x, target, images=None, keep=None):
-        """-> (the loss, the restored x without its graph)."""
+        """-> (the loss, the detached restored x)."""
         if images is not None:                                                       # sort
             tokens = self.embed(self.backbone.forward_tokens(images, keep=keep))     # (B, 1 + M, width)
             logits = self.decode(tokens, 0)                                          # (B, M, N)
@@ -275,7 +277,7 @@ class AutoEncoder(nn.Module):
             masked = torch.ones(B, N, 1, device=x.device).scatter(1, keep[:, :, None], 0)  # 1 = corrupted
             error = (output - (patches - mean) / std).square()
             loss = (error * masked).sum() / (masked.sum() * error.shape[2])
-            # What is shown and measured has the original's mean and deviation, and its visible patches.
+            # For pictures and PSNR: de-normalised with the original's statistics; visible patches are copied.
             output = torch.where(masked > 0, output * std + mean, patches)
         return loss, F.fold(output.detach().transpose(1, 2), target.shape[2:], p, stride=p)
 
@@ -298,13 +300,14 @@ def corrupt_pixels(images, generator, task, args):
 
 
 def corrupt_batch(task, images, generator, model, args):
-    """-> (x_0, its target, the context: what else model(x_0, target, **context) takes)."""
+    """-> (x_0, its target, context: the remaining arguments of model(x_0, target, **context))."""
     p = model.backbone.stride
     if task == "sort":
-        # Sec. 3.4, A.2: the patches stay and their position embeddings are shuffled, not the class token's.
-        # Patch edges are blanked and half of the patches dropped, so that matching edges does not solve it.
-        # Decision: positions are shuffled among all patches before half of them is dropped.
-        B, N = len(images), model.positions.shape[1]
+        # Secs. 3.4, A.2: patches stay; their position embeddings, but not the class token's, are shuffled.
+        # Patch edges are blanked and half of the patches dropped, so that matching edges is no solution.
+        # Decision: positions are shuffled among all patches, before half of the patches are dropped.
+        B = len(images)
+        N = model.positions.shape[1]
         shuffle, keep = torch.rand(2, B, N, generator=generator, device=images.device).argsort(dim=2)
         keep = keep[:, :math.ceil(N / 2)]                             # (B, M): these patches enter
         shuffled = model.positions[0, shuffle.gather(1, keep)]        # (B, M, dim)
@@ -319,12 +322,12 @@ def corrupt_batch(task, images, generator, model, args):
 
 
 def calibrate_and_freeze_unused(model, x, target, context):
-    """Two things that a dry step on a corrupted batch decides. -> names of the weights that it froze.
+    """Scales the energy and freezes unused weights, by a dry step on a batch. -> names of the frozen weights.
 
-    The energy's scale: a fresh network's dE/dx is hundreds of times too small to restore anything, and short
-    runs end before the weights have grown. Decision: a fixed factor lets dE/dx start with root mean square 1.
-    Weights without influence on the loss, such as the last LayerNorm's bias on dE/dx: their gradient never
-    comes, and DDP would wait for it. They are frozen.
+    Scale: a fresh network's dE/dx is hundreds of times too small to restore anything, and short runs end
+    before the weights have grown. Decision: a constant factor makes dE/dx start with a root mean square of 1.
+    Unused weights have no influence on the loss, such as the last LayerNorm's bias, which does not change
+    dE/dx. They never get a gradient, and DDP would wait for one.
     """
     if isinstance(model, EnergyModel) and model.num_steps:
         with torch.no_grad():
@@ -341,9 +344,9 @@ def calibrate_and_freeze_unused(model, x, target, context):
 # ---------------------------------------------------------------- data and model
 
 def build_model(args, images):
-    """-> (the model, calibrated on some images; its backbone's config; names of the unused weights)."""
+    """-> (the model, calibrated on the first images; its backbone's config; names of the frozen weights)."""
     # ResNets get GroupNorm instead of BatchNorm (sec. B.3).
-    # Decision: ViTs have a fixed sine-cosine position embedding, as MAE.
+    # Decision: ViTs have a fixed sine-cosine position embedding, as in MAE.
     config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
               "pool": args.pool, "norm": "group"}
     backbone = models.build_model(**config)
@@ -383,17 +386,18 @@ def start_log(args, model, unused, num_images, world, dtype, step):
 
 @torch.no_grad()
 def evaluate(model, tasks, images, args):
-    """What the model does to fixed held-out images (B, 3, H, W) -> {name: number}.
+    """Measures the model on fixed held-out images (B, 3, H, W) -> {name: number}.
 
-    psnr_TASK_n: dB after n steps, n = 0: corrupted; of the mean squared error of all images, in [0, 1].
-    MAE's is higher than the energy's for the same images, because it has the original's statistics.
-    sorted_n: fraction of the patches nearest to their own place. energy_gap_TASK: mean of E(corrupted) -
-    E(clean), which the paper wants to be positive.
+    psnr_TASK_n: PSNR in dB after n steps (0: corrupted), from the mean squared error of all images in [0, 1].
+    MAE's PSNR is too high to compare with the energy's, because it uses the original's statistics.
+    sorted_n: fraction of the patches whose nearest position is the true one. energy_gap_TASK: mean of
+    E(corrupted) - E(clean), which according to the paper should be positive.
     """
     results = {}
     for task in tasks:
         generator = torch.Generator(images.device).manual_seed(args.seed)
-        scores, gaps = [], []
+        scores = []
+        gaps = []
         for chunk in images.split(16):
             x, target, context = corrupt_batch(task, chunk, generator, model, args)
             if args.method == "energy":
@@ -402,7 +406,7 @@ def evaluate(model, tasks, images, args):
             scores_of_chunk = []
             for n in range(args.energy_steps + 1):
                 if n > 0:
-                    _, x = model.forward(x, target, **context)        # forward: not compiled
+                    _, x = model.forward(x, target, **context)        # forward() is not compiled
                 if task == "sort":
                     score = nearest_position(model.positions, x) == context["keep"]
                 else:
@@ -420,7 +424,7 @@ def evaluate(model, tasks, images, args):
 
 
 def warn_of_collapse(measured, tasks, num_steps):
-    """Says so when the steps no longer change any image."""
+    """Prints a warning if the steps no longer change any image."""
     gains = [measured[f"psnr_{task}_{num_steps}"] - measured[f"psnr_{task}_0"]
              for task in tasks if task != "sort"]
     if num_steps and gains and max(map(abs, gains)) < 0.01:
@@ -430,10 +434,10 @@ def warn_of_collapse(measured, tasks, num_steps):
 
 @torch.no_grad()
 def save_picture(path, model, tasks, images, args):
-    """A row per image: original, corrupted, step 1, ..., N, and two steps beyond N; the tasks take turns.
+    """One row per image: original, corrupted, step 1, ..., N, and two steps beyond N. Tasks share the rows.
 
-    Steps beyond N were not trained and may overshoot. With `sort`, patches that are sent to the same place
-    hide each other. MAE's images have the original's mean and deviation in each patch.
+    Steps beyond N were not trained and may overshoot. With --corrupt sort, patches that point to one place
+    cover each other. MAE's patches have the original's mean and deviation.
     """
     rows = []
     num_steps = 1 if args.method == "autoencoder" else args.energy_steps
@@ -459,7 +463,7 @@ def nearest_position(positions, x):
 
 
 def paste_patches(model, x, images, keep):
-    """The patches `keep` of the images, each pasted where its position embedding x (B, M, dim) points."""
+    """-> images (B, 3, H, W): each patch in `keep` is pasted where its position embedding in x points."""
     p = model.backbone.stride
     patches = F.unfold(images, p, stride=p)                           # (B, C*p*p, N)
     source = keep[:, None].expand(-1, patches.shape[1], -1)           # (B, C*p*p, M)
@@ -471,26 +475,27 @@ def paste_patches(model, x, images, keep):
 # ---------------------------------------------------------------- helpers, identical in all three scripts
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, without the usage of every flag."""
+    """An ArgumentParser whose errors are one sentence, without the usage of every flag."""
 
     def error(self, message):
         raise data.BadInput(f"{message} (see --help)")
 
 
 def number(kind, low, high=1e9):
-    """An argparse type: an int or a float from low to high. That excludes nan and inf."""
+    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-    parse.__name__ = kind.__name__                                    # argparse: "invalid float value"
+    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
     return parse
 
 
 def init_processes(device):
-    """-> (rank, number of processes, device), from torchrun's environment; without it, a single process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> (rank, number of processes, device), read from torchrun's environment; one process without it."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
@@ -501,18 +506,20 @@ def init_processes(device):
         torch.zeros(1, device=device).item()
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
-                            "auto, and no more processes than a machine has GPUs") from None
+                            "auto, and start no more processes than the machine has GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:                                                     # an hour: one process may download
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        # The timeout is an hour, because the other processes wait while the first one downloads.
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     return rank, world, device
 
 
 def together(function, *args, first_only=False):
-    """function(*args) in every process, or in the first one for all. A BadInput in one of them ends all."""
+    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -526,16 +533,17 @@ def together(function, *args, first_only=False):
         result = outcomes[0][1] if first_only else result
     if error:
         if dist.is_initialized():
-            dist.destroy_process_group()                              # run() sees that all processes know
+            dist.destroy_process_group()                              # tells run() that all have the error
         raise data.BadInput(error)
     return result
 
 
 def amp_dtype(amp, device):
-    """The type to compute in, None for float32. On a CPU bf16 is emulated, hundreds of times slower: off."""
-    if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "off" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower."""
+    if amp == "auto" and device.type != "cuda":
+        amp = "off"
+    elif amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -548,14 +556,14 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 
 
 def open_output(folder, resume):
-    """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
+    """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
                             "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
-        # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
+        # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
         fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
@@ -564,48 +572,48 @@ def open_output(folder, resume):
 
 
 def write_file(path, write):
-    """write(temporary path), then the final name: no half-written file ever has it."""
+    """Calls write(temporary path) and renames the file, so that `path` never holds a half-written one."""
     try:
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier one is kept; "
+        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier file is kept; "
                             "make room, then --resume") from None
     finally:
         with suppress(OSError):
             os.remove(path + ".tmp")
 
 
-# What may change when a run is resumed. The other arguments decide on the method and the order of images.
+# The arguments that may change when a run is resumed. The others determine the method or the images' order.
 MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
               "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
 
 
 def load_checkpoint(path, script, args, states):
-    """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
+    """Loads a checkpoint.pt of this script into the states, {"model": model, ...}. -> the file's content."""
     try:
         checkpoint = models.load_weights_file(path)
         conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
                      if key not in MAY_CHANGE and getattr(args, key, value) != value]
         if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it is of {checkpoint['script']}.py {' '.join(conflicts)}")
+            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
+            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
                 state.load_state_dict(checkpoint[name])
         for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
             if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state has other shapes")
+                raise ValueError("the optimizer's state does not fit the weights")
         if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"it has done {checkpoint['step']} steps")
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
-                            "needs the script, the flags and the folder of one and the same run") from None
+                            "needs the script, the flags and the folder of the run that wrote it") from None
     return checkpoint
 
 
 def require_finite(value, step):
-    """-> the value, a loss or a sum with it, if it is finite."""
+    """-> the value: a loss, or a sum that includes one. Raises BadInput if it is not finite."""
     if not math.isfinite(value):
         raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
                             "--resume with a lower --lr, or with --amp off")
@@ -618,29 +626,29 @@ def write_log(folder, line):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: what was allocated on the GPU, else what this process held."""
+    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # KiB; on macOS: bytes
 
 
 def run(main):
-    """main(), in which whatever the user can mend ends in one sentence, printed once."""
+    """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
         return main()
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        # A loader process wraps its error in a traceback: the sentence comes last.
+        # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
         message = message[-1].removeprefix("data.BadInput: ")
     except RuntimeError as error:
         message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended, and said why
+        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
             sys.exit(1)
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error, the first says so
+        time.sleep(5)                                                 # all have this error; rank 0 prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -652,8 +660,8 @@ def main():
     rank, world, device = init_processes(args.device)
     resume = together(open_output, args.output_dir, args.resume, first_only=True)
     if args.data == "cifar10":
-        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
-    # Crops as MAE's: at least a fifth of the image.
+        together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
+    # As in MAE, a crop covers at least a fifth of the image.
     loader, sampler, num_images, val_images = together(
         data.pretraining_data, args, (0.2, 1.0), rank, world)
     val_images = val_images.to(device)
@@ -684,7 +692,7 @@ def main():
         start_log(args, model, unused, num_images, world, dtype, step)
 
     first_step, shown = step, time.time()
-    generator = torch.Generator(device)                               # of the corruptions
+    generator = torch.Generator(device)                               # draws the corruptions
     while step < last_step:
         epoch = step // steps_per_epoch
         epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
@@ -693,7 +701,7 @@ def main():
         epoch_loss, epoch_steps = torch.zeros((), device=device), 0
         timed_from, start_time, waited = step, time.time(), 0.0
         while step < epoch_end:
-            # Decision: the rate falls to 0, as MAE's.
+            # Decision: the learning rate falls to 0, as in MAE.
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -705,7 +713,7 @@ def main():
                 x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):
-                    # The N terms share no graph: each goes backward at once, and memory does not grow with N.
+                    # The N terms share no graph: each runs backward at once; memory does not grow with N.
                     is_last = i == args.accum_steps - 1 and n == num_terms - 1
                     with nullcontext() if is_last or world == 1 else ddp.no_sync():
                         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -730,7 +738,7 @@ def main():
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
                       f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
-            if step == first_step + 1:                                # it warms up and compiles: not timed
+            if step == first_step + 1:                                # warm-up and compilation: not timed
                 timed_from, start_time, waited = step, time.time(), 0.0
 
         # The end of an epoch, or of the run: the first process evaluates and writes.

@@ -2,8 +2,8 @@
 
 Classification, linear and three-layer probes, few labels and segmentation, with the recipes of both papers:
 energy (Wang et al., ICLR 2023, secs. A.1, B.4) and CIM (Fang et al., ICLR 2023, tables 14, 15, sec. 3.2).
---init takes what the pretraining scripts write, and its config chooses the recipe, or weights in the names of
-timm, MAE or torchvision.
+--init takes a file of the pretraining scripts, whose config then chooses the recipe, or a state dict with the
+parameter names of timm, MAE or torchvision.
 
     python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short                    # one process
     torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet
@@ -12,7 +12,7 @@ timm, MAE or torchvision.
 
 Measured on one core of an AMD EPYC, shared with other work, torch 2.14: after 600 steps of energy_pretrain.py
 --corrupt sr (vit_nano, CIFAR-10), --recipe short --probe linear --epochs 2 reached 41.1 % top-1 on 2,000 test
-images in seven minutes. Ridge regression on centre crops of 5,000 training images reaches 41.8 there.
+images in seven minutes. Ridge regression on centre crops of 5,000 training images reached 41.8 %.
 """
 import argparse
 import copy
@@ -43,24 +43,24 @@ import models
 
 
 # ---------------------------------------------------------------- recipes
-# The rates are those at the recipe's batch size; they are scaled linearly to another one.
+# The learning rates belong to the recipe's batch size; for another one, they are scaled linearly.
 
-# CIM's Table 14. Decision: random erasing, which the table does not list, as in BEiT's code.
+# CIM's Table 14. Decision: with random erasing as in BEiT's code, although the table does not list it.
 CIM = dict(epochs=200, lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epochs=5, layer_decay=0.8,
            clip_grad=0.0, head_norm="layer", drop_path=0.1, loss="ce", label_smoothing=0.1, mixup=0.8,
            cutmix=1.0, randaug=9, erasing=0.25, repeats=1, img_size=224, test_size=224, crop_ratio=0.95)
-# Table 14's rates by the model and objective of --init; 3e-3 for all others. It has "3e-3 or 4e-3" for ViT-S.
-# Decision: REVDET takes the higher one, as with ViT-B.
+# Table 14's learning rates by the model and objective of --init; all others take 3e-3. For ViT-S, the table
+# has "3e-3 or 4e-3". Decision: REVDET takes the higher one, as it does for ViT-B.
 CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
-# Energy: "most of the experimental settings follow" MAE (sec. 4), and sec. A.1's table is lost from the text.
-# Decision: 1e-3 at batch 1,024. A transcript of that table calls 1e-3 the *base* rate, which would be 4e-3
-# here by MAE's rule (base x batch / 256). And no new norm before the linear layer, because the paper replaces
-# only that. On 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs, mean of three seeds) none
-# reached 30.3 % top-1, layer 32.1 and batch 35.9.
+# Energy: "most of the experimental settings follow" MAE (sec. 4). Sec. A.1's table was not available.
+# Decision: 1e-3 at batch 1,024. A transcript of that table calls 1e-3 the *base* rate; by MAE's rule (base x
+# batch / 256), that would be 4e-3 here. Decision: no new norm before the linear layer, because the paper
+# replaces only that layer. With 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs, mean of
+# three seeds), --head_norm none reached 30.3 % top-1, layer 32.1 and batch 35.9.
 ENERGY = CIM | dict(lr=1e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875)
-EPOCHS = {"vit_b": 100, "vit_l": 50}                    # of both papers' recipes; 200 for the other models
+EPOCHS = {"vit_b": 100, "vit_l": 50}                    # in both papers' recipes; other models: 200
 
-# CIM's Table 15, the columns by their epochs. RSB (Wightman et al., 2021) has no random erasing.
+# The columns of CIM's Table 15, named by their epochs. RSB (Wightman et al., 2021) has no random erasing.
 RSB_100 = CIM | dict(epochs=100, lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1.0,
                      head_norm="none", drop_path=0.0, loss="bce", mixup=0.1, randaug=6, erasing=0.0,
                      img_size=160)
@@ -69,29 +69,30 @@ RSB_600 = RSB_300 | dict(epochs=600, weight_decay=0.01, label_smoothing=0.1, mix
 RSB = {100: RSB_100, 300: RSB_300, 600: RSB_600}
 
 NO_AUGMENTATION = dict(mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
-# Our own, from neither paper: a small model in minutes, which augmentation and slow lower layers would delay;
-# with the head_norm that measured best.
+# Our own recipe, from neither paper, for small models in minutes: no augmentation and no layer decay, which
+# would slow the learning down, and the head_norm that was best above.
 SHORT = ENERGY | NO_AUGMENTATION | dict(epochs=2, batch_size=32, layer_decay=1.0, head_norm="batch")
 
-# Decision: the papers do not say how they probe. As MAE: crops, flips, 90 epochs, no weight decay, features
-# standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
+# Decision: the papers do not describe their probes. As in MAE: crops, flips, 90 epochs, no weight decay, and
+# features standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
 PROBE = ENERGY | NO_AUGMENTATION | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0,
                                         head_norm="batch", drop_path=0.0, label_smoothing=0.0)
-# Our own, for 5,000 images; with 50,000, --epochs 2 takes as many steps. On 5,000 of CIFAR-10 it ended at
-# 38.4 %, ridge regression on their augmented crops at 39.8, on centre crops at 41.8 (standard error 1.1).
+# Our own recipe, for 5,000 images; with 50,000, --epochs 2 takes as many steps. On 5,000 CIFAR-10 images, it
+# reached 38.4 % top-1; ridge regression reached 39.8 on augmented crops, 41.8 on centre crops (standard error
+# 1.1).
 SHORT_PROBE = PROBE | dict(epochs=20, lr=0.1, batch_size=32)
 
-# CIM's sec. 3.2, ViT: 160,000 steps are 127 epochs of ADE20K. Decision: what it does not say is as in BEiT's
-# code (warm-up of 1,500 steps, weight decay, drop path), and ConvNeXt and Swin are trained as ViTs are.
+# CIM's sec. 3.2 for ViTs: 160,000 steps are 127 epochs of ADE20K. Decision: what the paper leaves open is
+# as in BEiT's code (warm-up of 1,500 steps, weight decay, drop path). ConvNeXt and Swin train like ViTs.
 SEGMENT = dict(epochs=127, lr=3e-4, batch_size=16, weight_decay=0.05, warmup_epochs=1.2, layer_decay=0.8,
                clip_grad=0.0, drop_path=0.1, repeats=1, img_size=512, power=1.0)
-# ResNet: SGD; 80,000 steps are 64 epochs. Decision: rate, weight decay and power are MMSegmentation's.
+# For ResNets: SGD; 80,000 steps are 64 epochs. Decision: lr, weight decay and power are MMSegmentation's.
 SEGMENT_RESNET = SEGMENT | dict(epochs=64, lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
                                 drop_path=0.0, power=0.9)
 
-# What a config says of a backbone, and what it is where neither --init nor a flag says so.
+# The entries of a config that describe a backbone, with the values if neither --init nor a flag gives any.
 BACKBONE = {"model": "vit_s", "img_size": 224, "patch_size": 16, "pool": "mean", "norm": "batch"}
-# What the config of this script's checkpoint.pt adds. --eval_only takes both from the file, and nothing else.
+# The entries that this script's checkpoint.pt adds. --eval_only takes these and BACKBONE's from the file.
 HEAD = ("task", "num_classes", "probe", "head_norm", "loss", "label_smoothing", "test_size", "crop_ratio")
 
 
@@ -102,60 +103,61 @@ def parse_args():
                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
-      "a folder: train/CLASS/ and val/CLASS/; to segment, ADE20K's layout")
+      "a folder: train/CLASS/ and val/CLASS/; for --task segment, ADE20K's layout")
     g("--task", choices=["classify", "segment"], help="what to train for; None: classify")
-    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt, or other weights with --model; None: none")
-    g("--model", choices=models.MODELS, help="None: that of --init, else vit_s")
-    g("--img_size", type=number(int, 8, 4096), help="in pixels; None: --init's, else 224; to segment 512")
+    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other weights; None: none")
+    g("--model", choices=models.MODELS, help="None: the one in --init, else vit_s")
+    g("--img_size", type=number(int, 8, 4096), help="side in pixels; None: --init's, else 224, "
+      "but 160 for rsb's 100 epochs and 512 to segment")
     g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; None: --init's, else 16")
-    g("--num_classes", type=number(int, 2, 4096), help="to segment: without 0, unlabelled; None: 150")
+    g("--num_classes", type=number(int, 2, 4096), help="to segment, not counting 0 (unlabelled); None: 150")
     g("--label_fraction", type=number(float, 1e-6, 1), help="train on this part of each class; None: on all")
 
     g = p.add_argument_group("recipe (None: the recipe's value)").add_argument
-    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="None: that of the method that made --init "
-      "or energy, rsb (by --epochs) for ResNets; short: for small models, in minutes")
-    g("--probe", choices=["linear", "mlp"], help="train one layer, or three, on the frozen backbone")
+    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="None: rsb (by --epochs) for ResNets, else "
+      "that of the method that wrote --init, else energy; short: for small models, in minutes")
+    g("--probe", choices=["linear", "mlp"], help="train only one layer, or three, on the frozen backbone")
     g("--head_norm", choices=["none", "layer", "batch"], help="before the linear layer; none: the pretrained "
-      "feature; layer: a new LayerNorm of a ViT's patch mean instead of its last one; batch: for short runs")
-    g("--layer_decay", type=number(float, 0.01, 1), help="a ViT block's learning rate over the next one's")
-    g("--drop_path", type=number(float, 0, 0.99), help="probability to skip the last block; earlier: less")
+      "feature; layer: a new LayerNorm on a ViT's patch mean replaces its last one; batch: for short runs")
+    g("--layer_decay", type=number(float, 0.01, 1), help="ratio of a ViT block's rate to the next block's")
+    g("--drop_path", type=number(float, 0, 0.99), help="chance of skipping the last block; earlier: less")
     g("--label_smoothing", type=number(float, 0, 0.99), help="fraction of a target spread over all classes")
-    g("--mixup", type=number(float, 0, 100), help="its alpha; 0: none")
-    g("--cutmix", type=number(float, 0, 100), help="its alpha; 0: none; with both, each batch draws one")
-    g("--randaug", type=number(int, 0, 10), help="RandAugment's strength; 0: none")
-    g("--erasing", type=number(float, 0, 1), help="probability to erase a rectangle of an image")
+    g("--mixup", type=number(float, 0, 100), help="MixUp's alpha; 0: off")
+    g("--cutmix", type=number(float, 0, 100), help="CutMix's alpha; 0: off; with both, each batch draws one")
+    g("--randaug", type=number(int, 0, 10), help="RandAugment's strength; 0: off")
+    g("--erasing", type=number(float, 0, 1), help="probability of erasing a rectangle of an image")
 
     g = p.add_argument_group("training (None: the recipe's value)").add_argument
     g("--epochs", type=number(int, 1), help="passes over the training images")
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: at most a fifth of the epochs")
     g("--batch_size", type=number(int, 1), help="images per optimizer step, over all processes")
-    g("--accum_steps", type=number(int, 1), default=1, help="split a batch into parts when memory is short")
+    g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak rate; None: the recipe's, scaled with the batch size")
     g("--weight_decay", type=number(float, 0, 10), help="the optimizer's, on matrices and kernels only")
-    g("--clip_grad", type=number(float, 0), help="largest norm of the gradient; 0: no clipping")
-    g("--max_steps", type=number(int, 1), help="stop after that many steps (smoke runs, benchmarks)")
+    g("--clip_grad", type=number(float, 0), help="largest gradient norm; 0: no clipping")
+    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
     g("--seed", type=number(int, 0), default=0, help="fixes weights, order, augmentation and the few labels")
 
     g = p.add_argument_group("machine").add_argument
     g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-      help="mixed precision; auto: bf16 or fp16 on a GPU, off elsewhere")
+      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
     g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
     g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
-      help="loader processes of each process")
+      help="data loader workers per process")
     g("--output_dir", help="where results go; None: runs/finetune_MODEL")
-    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it is there")
-    g("--eval_only", action="store_true", help="measure --init or OUTPUT_DIR/checkpoint.pt; writes nothing")
+    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
+    g("--eval_only", action="store_true", help="measure --init or OUTPUT_DIR/checkpoint.pt, write nothing")
     args = p.parse_args()
     if args.eval_only and not args.init:
         if not args.output_dir:
-            p.error("--eval_only does not know what to measure: give --init or --output_dir")
+            p.error("--eval_only needs a checkpoint to measure: give --init or --output_dir")
         args.init = f"{args.output_dir}/checkpoint.pt"
     return args
 
 
 def read_init(path):
-    """--init's file -> (all that it holds, the backbone's state dict, its config). Raises BadInput."""
+    """Reads --init -> (the file's content, the backbone's state dict, its config). Raises BadInput."""
     if not path:
         return {}, {}, {}
     try:
@@ -177,7 +179,7 @@ def read_init(path):
 
 
 def choose_recipe(args, config):
-    """-> {name: value} for the task, the model, and the method that made --init, which its config names."""
+    """-> {name: value} for the task, the model and the method that wrote --init, as its config says."""
     is_vit = args.model.startswith("vit")
     is_resnet = args.model.startswith("resnet")
     name = args.recipe
@@ -186,46 +188,46 @@ def choose_recipe(args, config):
     elif name is None:
         name = "cim" if config.get("method") in ("cim", "beit") else "energy"
 
-    # What the task decides comes first: both papers' recipes are for classification.
+    # Segmentation and probes come first, because the named recipes are for fine-tuning a classifier.
     if args.task == "segment":
         recipe = dict(SEGMENT_RESNET if is_resnet else SEGMENT)
     elif args.probe:
         recipe = dict(SHORT_PROBE if name == "short" else PROBE)
     elif name == "short":
         recipe = dict(SHORT)
-    elif name == "rsb":                                               # the longest that --epochs reaches
+    elif name == "rsb":                                               # the longest one within --epochs
         recipe = dict(RSB[max(epochs for epochs in RSB if epochs <= max(100, args.epochs or 0))])
     elif name == "cim":
         lr = CIM_RATES.get((args.model, config.get("objective")), CIM["lr"])
         recipe = CIM | {"lr": lr, "epochs": EPOCHS.get(args.model, 200)}
     else:
         recipe = ENERGY | {"epochs": EPOCHS.get(args.model, 200)}
-    if not is_vit:                                                    # both are for a ViT's blocks and tokens
+    if not is_vit:                                                    # both need a ViT's blocks and tokens
         recipe["layer_decay"] = 1.0
         if recipe.get("head_norm") == "layer":
             recipe["head_norm"] = "none"
 
     if args.task == "classify":
-        # Table 15 trains ResNets for 224 pixels at 160 and tests them at 224. Other models have one size.
+        # Table 15's 100 epochs train ResNets at 160 pixels and test them at 224. All others have one size.
         size = args.img_size or config.get("img_size", 224)
         if args.img_size or size != 224 or is_vit:
             recipe |= {"img_size": size, "test_size": size}
-        # Decision: small images are tested whole, not enlarged and cropped.
+        # Decision: small images are tested as a whole, not enlarged and cropped.
         if recipe["test_size"] < data.SMALL:
             recipe["crop_ratio"] = 1.0
     recipe["lr"] *= (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
-    # Decision: short runs warm up for a fifth of their epochs at most.
+    # Decision: in short runs, the warm-up takes at most a fifth of the epochs.
     recipe["warmup_epochs"] = min(recipe["warmup_epochs"], 0.2 * (args.epochs or recipe["epochs"]))
     return recipe
 
 
 def resolve_from_checkpoint(args, content):
-    """Sets what decides on the model as it is in --init, a checkpoint.pt of this script. Raises BadInput."""
+    """Takes the model's settings from --init, a checkpoint.pt of this script. Raises BadInput."""
     try:
         config = {key: content["config"][key] for key in (*BACKBONE, *HEAD)}
     except (KeyError, TypeError):
-        raise data.BadInput(f"--eval_only measures a checkpoint.pt of finetune.py, {args.init} is none: "
-                            "leave --eval_only out and train a head first") from None
+        raise data.BadInput(f"--eval_only measures a checkpoint.pt of finetune.py, and {args.init} is not "
+                            "one: leave --eval_only out and train a head first") from None
     for key, value in config.items():
         if getattr(args, key, None) not in (None, value):
             raise data.BadInput(f"--eval_only measures {args.init} as it was trained, with --{key} {value}: "
@@ -234,9 +236,9 @@ def resolve_from_checkpoint(args, content):
 
 
 def resolve(args, content, config):
-    """Sets what no flag gave: the model as in --init's config, the rest by the recipe. -> the recipe.
+    """Sets what no flag has set: the model from --init's config, the rest from the recipe. -> the recipe.
 
-    --eval_only has no recipe. Raises BadInput for a flag that the task does not use.
+    With --eval_only, there is no recipe. Raises BadInput for a flag that the task does not use.
     """
     if args.eval_only:
         return resolve_from_checkpoint(args, content)
@@ -264,9 +266,9 @@ def resolve(args, content, config):
 class Classifier(nn.Module):
     """A backbone and a new head. With `probe`, the backbone is frozen and the head alone is trained.
 
-        feature = backbone(image)                           # (B, width), pooled as it was pretrained
+        feature = backbone(image)                           # (B, width), pooled as in pretraining
         feature = mean of the last block's patch tokens     # instead, for a ViT with head_norm "layer"
-        logits = linear(norm(feature))                      # mlp: two hidden layers before it
+        logits = linear(norm(feature))                      # probe "mlp": two hidden layers before it
         ce:   -sum(target * log softmax(logits))            # target: smoothed, mixed by MixUp or CutMix
         bce:  mean over the classes of the binary cross entropy of sigmoid(logits) and target
     """
@@ -282,14 +284,14 @@ class Classifier(nn.Module):
         self.label_smoothing = label_smoothing
         width = backbone.width
         # The energy paper replaces "only the linear head" and keeps the pretrained feature (sec. 4).
-        # BEiT, on whose code CIM builds, takes the patch mean before the last LayerNorm, and a new LayerNorm.
+        # BEiT, whose code CIM builds on, skips the last LayerNorm and puts a new one on the patch mean.
         self.patch_mean = head_norm == "layer" and isinstance(backbone, models.ViT)
         if self.patch_mean:
-            backbone.norm.requires_grad_(False)                       # not in use, and DDP would wait for it
+            backbone.norm.requires_grad_(False)                       # unused, and DDP would wait for it
         if probe:
             backbone.requires_grad_(False)                            # so autograd keeps no graph of it
-        # Energy pretraining leaves one large vector in all features, which "batch" subtracts. It needs no
-        # weights of its own before a linear layer.
+        # After energy pretraining, all features share one large vector, which "batch" subtracts. This norm
+        # needs no weights, because a linear layer follows it.
         norms = {"none": nn.Identity(), "layer": nn.LayerNorm(width, eps=1e-6),
                  "batch": nn.BatchNorm1d(width, affine=False)}
         hidden = []
@@ -303,7 +305,7 @@ class Classifier(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.backbone.train(mode and not self.probe)                  # frozen: BatchNorm's statistics, too
+        self.backbone.train(mode and not self.probe)                  # freezes BatchNorm's statistics, too
         return self
 
     def logits(self, images):
@@ -315,17 +317,17 @@ class Classifier(nn.Module):
         return self.head(feature)
 
     def forward(self, images, labels):
-        """-> loss; labels: (B,) int64, or (B, C) fractions that MixUp or CutMix made."""
+        """-> loss; labels: (B,) int64, or (B, C) fractions from MixUp or CutMix."""
         logits = self.logits(images).float()
         if self.loss == "ce":
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # Decision: binary cross entropy (Table 15) of the mixed, smoothed fractions; RSB rounds them up to 1.
+        # Decision: the targets (BCE, Table 15) stay mixed, smoothed fractions; RSB rounds them up to 1.
         targets = F.one_hot(labels, self.num_classes) if labels.ndim == 1 else labels         # (B, C)
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         return F.binary_cross_entropy_with_logits(logits, targets)
 
     def count(self, images, labels):
-        """-> (4,) float64: images, sum of cross entropies, labels ranked first, and among the first five."""
+        """-> (4,) float64: number of images, sum of cross entropies, number of top-1 and of top-5 hits."""
         logits = self.logits(images).float().cpu()                    # Apple's GPUs have no float64
         labels = labels.cpu()
         loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
@@ -333,7 +335,7 @@ class Classifier(nn.Module):
         return torch.stack([loss.new_tensor(len(images)), loss, hits[:, 0].sum(), hits.sum()])
 
     def summary(self, counts):
-        """The sum of all counts -> {name: number}, "top1" and "top5" in percent."""
+        """The summed counts -> {name: number}, "top1" and "top5" in percent."""
         total, loss, top1, top5 = counts.tolist()
         return {"top1": round(100 * top1 / total, 3), "top5": round(100 * top5 / total, 3),
                 "val_loss": round(loss / total, 4)}
@@ -346,8 +348,8 @@ class Segmenter(nn.Module):
         loss = mean over the labelled pixels of the cross entropy
 
     Masks are (B, H, W) int64: 0 = unlabelled, c = channel c - 1 of the logits.
-    Differs from the paper, whose FCN is MMSegmentation's: no auxiliary head, and neither its `cat_max_ratio`
-    (crops of one class are drawn again) nor its limit on an image's long side.
+    Differs from the paper, whose FCN is MMSegmentation's: there is no auxiliary head, crops of one class are
+    not drawn again (`cat_max_ratio`), and the long side of an image is not limited.
     """
 
     def __init__(self, backbone, num_classes, img_size):
@@ -372,17 +374,17 @@ class Segmenter(nn.Module):
         return loss / (masks > 0).sum().clamp(min=1)
 
     def predict(self, images):
-        """(B, 3, H, W) of any size -> (B, C, H, W), single scale.
+        """(B, 3, H, W) of any size -> logits (B, C, H, W), at a single scale.
 
-        The short side is resized to img_size. The logits of square windows along the long side, at most two
-        thirds of a window apart, are averaged. Decision: also for ResNets; a ViT's positions require it.
+        The short side is resized to img_size. Square windows lie along the long side, at most two thirds of a
+        window apart, and their logits are averaged. Decision: for ResNets too, although only ViTs require it.
         """
         size = self.img_size
         resized = v2.functional.resize(images, [size], antialias=True)
         h, w = resized.shape[2:]
         total = images.new_zeros(len(images), self.num_classes, h, w)
         num_windows = images.new_zeros(h, w)
-        last = h + w - 2 * size                                       # of the windows' offsets
+        last = h + w - 2 * size                                       # the last window's offset
         for offset in torch.linspace(0, last, 1 + math.ceil(1.5 * last / size)).long().tolist():
             y = min(offset, h - size)                                 # one of y and x is 0
             x = min(offset, w - size)
@@ -399,9 +401,9 @@ class Segmenter(nn.Module):
         return torch.cat([pairs.bincount(minlength=self.num_classes ** 2).double(), loss[None]])
 
     def summary(self, counts):
-        """The sum of all counts -> {name: number}, "miou" and "pixel_acc" in percent. Raises BadInput.
+        """The summed counts -> {name: number}, "miou" and "pixel_acc" in percent. Raises BadInput.
 
-        mIoU is the mean over the classes that truth or prediction has anywhere in the validation set.
+        mIoU is the mean over the classes that occur in the validation set's masks or in the predictions.
         """
         confusion = counts[:-1].view(self.num_classes, -1)            # (truth, prediction)
         total = confusion.sum()
@@ -417,7 +419,8 @@ class Segmenter(nn.Module):
 def layer_groups(model, weight_decay, layer_decay):
     """The optimizer's groups, each with an lr_scale: layer_decay ** (L + 1 - layer), L the number of blocks.
 
-    Layer 0 is the patch embedding with tokens and positions, i + 1 is block i, L + 1 all else (as in BEiT).
+    As in BEiT, layer 0 is the patch embedding with class token and positions, layer i + 1 is block i, and
+    layer L + 1 is everything else.
     """
     depth = len(getattr(model.backbone, "blocks", ()))                # only ViTs have them
     layers = {}                                                       # layer: [(name, parameter), ...]
@@ -436,7 +439,7 @@ def layer_groups(model, weight_decay, layer_decay):
 
 
 def build_optimizer(args, model):
-    """SGD to segment with a ResNet (CIM, sec. 3.2), else AdamW (tables 14 and 15)."""
+    """-> SGD for segmentation with a ResNet (CIM, sec. 3.2), else AdamW (tables 14 and 15)."""
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
     if args.task == "segment" and args.model.startswith("resnet"):
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
@@ -467,8 +470,8 @@ def build_loader(args, train, rank, world):
         else:
             transform = data.center_transform(args.test_size, args.crop_ratio)
     if not train:
-        # Each image is in one process only, and in the same batch for any number of processes: a sampler
-        # that pads would count some twice.
+        # Each image is in one process only, and in the same batch for any number of processes. A sampler
+        # that pads would count some images twice.
         batch_size = 1 if args.task == "segment" else 64              # the masks differ in size
         keys = [(0, index) for index in range(len(dataset))]          # (epoch, index)
         batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
@@ -489,7 +492,7 @@ def build_loader(args, train, rank, world):
 
 
 def build_mixing(args):
-    """-> function of (images, labels): the same, mixed. Decision: one of the two for each batch, as BEiT."""
+    """-> function that mixes [images, labels]. Decision: each batch gets MixUp or CutMix, as in BEiT."""
     mixes = []
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=args.num_classes))
@@ -499,7 +502,7 @@ def build_mixing(args):
 
 
 def build_data_and_model(args, content, weights, device, rank, world):
-    """-> (loader of validation images, names of the classes or None to segment, model). Raises BadInput."""
+    """-> (loader of validation images, class names or None for segmentation, model). Raises BadInput."""
     is_segment = args.task == "segment"
     try:
         val_loader = build_loader(args, False, rank, world)
@@ -511,18 +514,18 @@ def build_data_and_model(args, content, weights, device, rank, world):
         if args.init:
             models.load_weights(backbone, weights)
         if isinstance(backbone, models.ViT):
-            backbone.pos_embed.requires_grad_(True)                   # also where it was fixed (sec. A.1)
+            backbone.pos_embed.requires_grad_(True)                   # even if it was fixed (sec. A.1)
         if is_segment:
             model = Segmenter(backbone, args.num_classes, args.img_size)
         else:
             model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
                                args.label_smoothing)
-        model = model.to(device, memory_format=torch.channels_last)   # convolutions are faster
+        model = model.to(device, memory_format=torch.channels_last)   # faster convolutions
         if args.eval_only:
             check_classes(classes, content, args)
             model.load_state_dict(content["model"])
         else:
-            # A dry step of a copy shows what cannot work: too small an image, a BatchNorm of a single value.
+            # A dry step of a copy finds what cannot work: images too small, a BatchNorm over a single value.
             count = min(2, args.batch_size // (world * args.accum_steps))
             images = torch.zeros(count, 3, args.img_size, args.img_size, device=device)
             labels = images[:, 0] if is_segment else images[:, 0, 0, 0]
@@ -542,7 +545,7 @@ def build_data_and_model(args, content, weights, device, rank, world):
 
 
 def check_classes(classes, checkpoint, args):
-    """The classes of --data must be those that the checkpoint was trained on. Raises BadInput."""
+    """Raises BadInput unless --data has the classes that the checkpoint was trained on."""
     saved = checkpoint["classes"]
     if saved != classes:
         difference = data.describe_difference(saved or [], classes or [], "the checkpoint", "--data")
@@ -556,7 +559,7 @@ def check_classes(classes, checkpoint, args):
 def evaluate(model, loader, device, dtype, world):
     """-> {"top1": %, "top5": %, "val_loss"} or {"miou": %, "pixel_acc": %, "val_loss"} of all images."""
     if world > 1:
-        # BatchNorm's statistics differ between the processes; those of the first one are saved.
+        # BatchNorm's statistics differ between processes. All take those of the first one, which are saved.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
@@ -572,7 +575,7 @@ def evaluate(model, loader, device, dtype, world):
 
 @torch.no_grad()
 def save_picture(path, model, dataset, device):
-    """A row for each of up to four validation images: image, truth, prediction; unlabelled is black.
+    """One row for each of up to four validation images: image, truth, prediction; unlabelled is black.
 
     The model is in eval mode, and the dataset yields (image (3, H, W), mask (H, W)) of different sizes.
     """
@@ -590,7 +593,7 @@ def save_picture(path, model, dataset, device):
 
 
 def save_checkpoint(args, config, classes, step, best, model, optimizer, scaler):
-    """Writes checkpoint.pt: all that --resume and --eval_only need, and what --init takes."""
+    """Writes checkpoint.pt, from which --resume, --eval_only and --init can start."""
     config = config | {key: getattr(args, key, None) for key in HEAD}
     content = {"script": "finetune", "config": config, "args": vars(args), "classes": classes, "step": step,
                "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -598,7 +601,7 @@ def save_checkpoint(args, config, classes, step, best, model, optimizer, scaler)
     write_file(f"{args.output_dir}/checkpoint.pt", partial(torch.save, content))
 
 
-def log_start(args, recipe, model, num_images, step, device, dtype, world):
+def start_log(args, recipe, model, num_images, step, device, dtype, world):
     """Prints what is trained, and by which recipe; logs all arguments and the versions."""
     count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
     print(f"{args.task} {args.model}: {count:.2f} M weights to train, from {args.init or 'scratch'}\n"
@@ -612,26 +615,27 @@ def log_start(args, recipe, model, num_images, step, device, dtype, world):
 # ---------------------------------------------------------------- helpers, identical in all three scripts
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, without the usage of every flag."""
+    """An ArgumentParser whose errors are one sentence, without the usage of every flag."""
 
     def error(self, message):
         raise data.BadInput(f"{message} (see --help)")
 
 
 def number(kind, low, high=1e9):
-    """An argparse type: an int or a float from low to high. That excludes nan and inf."""
+    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-    parse.__name__ = kind.__name__                                    # argparse: "invalid float value"
+    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
     return parse
 
 
 def init_processes(device):
-    """-> (rank, number of processes, device), from torchrun's environment; without it, a single process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> (rank, number of processes, device), read from torchrun's environment; one process without it."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
@@ -642,18 +646,20 @@ def init_processes(device):
         torch.zeros(1, device=device).item()
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
-                            "auto, and no more processes than a machine has GPUs") from None
+                            "auto, and start no more processes than the machine has GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:                                                     # an hour: one process may download
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        # The timeout is an hour, because the other processes wait while the first one downloads.
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     return rank, world, device
 
 
 def together(function, *args, first_only=False):
-    """function(*args) in every process, or in the first one for all. A BadInput in one of them ends all."""
+    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -667,16 +673,17 @@ def together(function, *args, first_only=False):
         result = outcomes[0][1] if first_only else result
     if error:
         if dist.is_initialized():
-            dist.destroy_process_group()                              # run() sees that all processes know
+            dist.destroy_process_group()                              # tells run() that all have the error
         raise data.BadInput(error)
     return result
 
 
 def amp_dtype(amp, device):
-    """The type to compute in, None for float32. On a CPU bf16 is emulated, hundreds of times slower: off."""
-    if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "off" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower."""
+    if amp == "auto" and device.type != "cuda":
+        amp = "off"
+    elif amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -689,14 +696,14 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 
 
 def open_output(folder, resume):
-    """Makes and locks the output folder. -> whether to continue from the checkpoint.pt in it."""
+    """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (resume and "checkpoint.pt" in results):
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
                             "one, or add --resume to continue from its checkpoint.pt")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
-        # The lock belongs to this process, not to its loaders. It is never closed and ends with the process.
+        # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
         fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
@@ -705,48 +712,48 @@ def open_output(folder, resume):
 
 
 def write_file(path, write):
-    """write(temporary path), then the final name: no half-written file ever has it."""
+    """Calls write(temporary path) and renames the file, so that `path` never holds a half-written one."""
     try:
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier one is kept; "
+        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier file is kept; "
                             "make room, then --resume") from None
     finally:
         with suppress(OSError):
             os.remove(path + ".tmp")
 
 
-# What may change when a run is resumed. The other arguments decide on the method and the order of images.
+# The arguments that may change when a run is resumed. The others determine the method or the images' order.
 MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
               "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
 
 
 def load_checkpoint(path, script, args, states):
-    """Loads the states {"model": model, ...} from a checkpoint.pt of this script. -> all that it holds."""
+    """Loads a checkpoint.pt of this script into the states, {"model": model, ...}. -> the file's content."""
     try:
         checkpoint = models.load_weights_file(path)
         conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
                      if key not in MAY_CHANGE and getattr(args, key, value) != value]
         if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it is of {checkpoint['script']}.py {' '.join(conflicts)}")
+            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a scaler that was off has no state
+            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
                 state.load_state_dict(checkpoint[name])
         for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
             if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state has other shapes")
+                raise ValueError("the optimizer's state does not fit the weights")
         if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"it has done {checkpoint['step']} steps")
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
-                            "needs the script, the flags and the folder of one and the same run") from None
+                            "needs the script, the flags and the folder of the run that wrote it") from None
     return checkpoint
 
 
 def require_finite(value, step):
-    """-> the value, a loss or a sum with it, if it is finite."""
+    """-> the value: a loss, or a sum that includes one. Raises BadInput if it is not finite."""
     if not math.isfinite(value):
         raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
                             "--resume with a lower --lr, or with --amp off")
@@ -759,29 +766,29 @@ def write_log(folder, line):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: what was allocated on the GPU, else what this process held."""
+    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # KiB; on macOS: bytes
 
 
 def run(main):
-    """main(), in which whatever the user can mend ends in one sentence, printed once."""
+    """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
         return main()
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        # A loader process wraps its error in a traceback: the sentence comes last.
+        # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
         message = message[-1].removeprefix("data.BadInput: ")
     except RuntimeError as error:
         message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended, and said why
+        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
             sys.exit(1)
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error, the first says so
+        time.sleep(5)                                                 # all have this error; rank 0 prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -796,7 +803,7 @@ def main():
     recipe = together(resolve, args, content, init_config)
     resume = not args.eval_only and together(open_output, args.output_dir, args.resume, first_only=True)
     if args.data == "cifar10":
-        together(lambda: len(data.cifar10()), first_only=True)        # it downloads, the others wait
+        together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
     val_loader, classes, model = together(build_data_and_model, args, content, weights, device, rank, world)
     if args.eval_only:
         measured = evaluate(model, val_loader, device, dtype, world)
@@ -813,10 +820,11 @@ def main():
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = {key: getattr(args, key) for key in BACKBONE}            # of backbone.pt
+    config = {key: getattr(args, key) for key in BACKBONE}            # for backbone.pt
     config |= {"mean": data.MEAN, "std": data.STD, "method": "finetune", "objective": args.task}
     metric = "miou" if args.task == "segment" else "top1"
-    step, best = 0, 0.0                                               # steps done; the best epoch's metric
+    step = 0                                                          # steps done
+    best = 0.0                                                        # the best epoch's metric
     if resume:
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
         checkpoint = together(load_checkpoint, f"{args.output_dir}/checkpoint.pt", "finetune", args, states)
@@ -828,7 +836,7 @@ def main():
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
     if rank == 0:
-        log_start(args, recipe, model, len(loader.dataset), step, device, dtype, world)
+        start_log(args, recipe, model, len(loader.dataset), step, device, dtype, world)
 
     first_step, shown = step, time.time()
     while step < last_step:
@@ -847,14 +855,14 @@ def main():
                 lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=1e-6)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            # Mixing and drop path draw from it: a resumed run draws as an unbroken one.
+            # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
             torch.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
                 before = time.time()
                 batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 waited += time.time() - before
                 images, labels = mix(batch)
-                # Only the last part of a batch lets DDP average the gradients.
+                # DDP averages the gradients only after the last part of a batch.
                 with nullcontext() if i == args.accum_steps - 1 or world == 1 else ddp.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss = ddp(images, labels) / args.accum_steps
@@ -877,7 +885,7 @@ def main():
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
                       f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
-            if step == first_step + 1:                                # it warms up and compiles: not timed
+            if step == first_step + 1:                                # warm-up and compilation: not timed
                 timed_from, start_time, waited = step, time.time(), 0.0
 
         # The end of an epoch (or of the run): all processes evaluate, the first one writes.

@@ -6,10 +6,10 @@ The backbones ViT, ResNet, ConvNeXt-T and Swin-T have the attributes `width` and
     forward_map(images)  (B, 3, H, W) -> (B, width, H // stride, W // stride)  the dense feature map
 
 H and W are multiples of `stride`; a ViT takes only images of its `img_size`. Parameter names are timm's (ViT)
-and torchvision's (the others), so that weights move in both directions.
+and torchvision's (the others), so that weights can be exchanged in both directions.
 
-The tokenizers, DVAE (DALL-E's) and VQGAN, map images to grids of integers and back. Files of weights are
-read here, without running any code that a file may contain.
+The tokenizers, DVAE (DALL-E's) and VQGAN, map images to grids of integers and back. Weight files are read
+here, without running any code that a file may contain.
 """
 import argparse
 import io
@@ -43,8 +43,8 @@ def sincos_2d(dim, grid_size):
 def resize_pos_embed(pos_embed, grid_size):
     """A ViT's position embedding for another image size: (1, 1 + N, dim) -> (1, 1 + grid_size ** 2, dim).
 
-    The patches' entries, a square grid, are interpolated (bicubic with antialiasing, as timm does it); the
-    class token's entry, the first, stays.
+    The patches' entries, a square grid, are interpolated (bicubic with antialiasing, as in timm); the class
+    token's entry, which is the first, stays as it is.
     """
     cls = pos_embed[:, :1]
     grid = pos_embed[:, 1:]
@@ -55,13 +55,13 @@ def resize_pos_embed(pos_embed, grid_size):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, N, dim): one linear map of every patch_size x patch_size patch, in raster order."""
+    """(B, 3, H, W) -> (B, N, dim): a linear map of each patch_size x patch_size patch, in raster order."""
 
     def __init__(self, dim, patch_size):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))      # as the linear layer that it is
+        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))      # as a linear layer, which it is
 
     def forward(self, images):
         B, C, H, W = images.shape
@@ -121,9 +121,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021), pre-norm, with a class token.
 
-    pool: "cls" or "mean" (of the patch tokens). pos_embed: "sincos" (fixed; its class token entry is
-    zero) or "learned". drop_rate: of stochastic depth in the last block, from 0 in the first on linearly.
-    Initialised as MAE does: xavier-uniform linear layers, normal 0.02 for the rest.
+    pool: "cls" or "mean" (of the patch tokens). pos_embed: "sincos" (fixed, zero for the class token) or
+    "learned". drop_rate: rate of stochastic depth in the last block; it rises linearly from 0 in the first.
+    Initialised as in MAE: xavier-uniform for linear layers, normal with std 0.02 for the rest.
     """
 
     def __init__(self, dim, depth, heads, img_size=224, patch_size=16, pool="cls", pos_embed="sincos",
@@ -151,7 +151,7 @@ class ViT(nn.Module):
             self.pos_embed.data[:, 1:] = sincos_2d(dim, grid_size)
 
     def forward_tokens(self, images, pos_embed=None, keep=None, norm=True):
-        """(B, 3, H, W) -> (B, 1 + M, dim), the class token first; norm: through the last LayerNorm.
+        """(B, 3, H, W) -> (B, 1 + M, dim), the class token first; norm: apply the last LayerNorm.
 
         keep: (B, M) int64, the patches that enter; None: all N, in raster order.
         pos_embed: (B, M, dim), used for those patches instead of the model's own (not for the class token).
@@ -188,13 +188,13 @@ def norm_layer(kind, channels):
     """BatchNorm, or GroupNorm with 32 groups (Wu & He, 2018)."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    # Decision: layers of fewer than 64 channels have groups of two channels. A group of one would remove
-    # the channel's mean over the map, which is what pooling reads.
+    # Decision: layers of fewer than 64 channels have groups of two channels. A group of one channel would
+    # remove its mean over the map, which is what pooling reads.
     return nn.GroupNorm(min(32, channels // 2), channels)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (carries stride and dilation), 1x1 to four times the width, around a shortcut."""
+    """Convolutions 1x1, 3x3 (with stride and dilation) and 1x1 (to four times the width), plus a shortcut."""
 
     def __init__(self, in_channels, width, stride, norm, dilation=1, drop_rate=0.0):
         super().__init__()
@@ -224,13 +224,13 @@ class ResNet(nn.Module):
     """ResNet (He et al., 2016) of bottleneck blocks, the stride on the 3x3 convolution as in torchvision.
 
     width: channels of the stem; 2x and 4x widen every layer, as SimCLR does. small_images: a 3x3 stem of
-    stride 1 without pooling (stride 8 in all instead of 32). norm: "batch" or "group". drop_rate: of
-    stochastic depth in the last block, from 0 in the first on linearly. dilated: the last stages dilate their
-    kernels instead of striding, as torchvision does it, until the stride in all is 8 (for segmentation).
+    stride 1 without pooling (total stride 8 instead of 32). norm: "batch" or "group". drop_rate: rate of
+    stochastic depth in the last block; it rises linearly from 0 in the first. dilated: the last two stages
+    dilate their kernels instead of striding, as in torchvision, for a total stride of 8 (for segmentation).
 
-    ReLU's second derivative is zero. Under the energy method, which differentiates twice, its gates get no
-    gradient and the last bn3's bias exactly none. It stays because weights must move to torchvision's ResNet;
-    a smooth activation learned faster (loss 0.437, not 0.461, after 120 steps) and probed equally well.
+    ReLU's second derivative is zero. The energy method differentiates twice, so ReLU's gates get no gradient,
+    and the bias of the last bn3 gets none at all. ReLU stays because weights must fit torchvision's ResNet; a
+    smooth activation learned faster (loss 0.437, not 0.461, after 120 steps) and probed equally well.
     """
 
     def __init__(self, layers, width, norm="batch", small_images=False, drop_rate=0.0, dilated=False):
@@ -255,7 +255,7 @@ class ResNet(nn.Module):
                 blocks.append(Bottleneck(in_channels, width * 2 ** i, stride, norm, dilation, rates.pop(0)))
                 in_channels = 4 * width * 2 ** i
                 if dilate and j == 0:
-                    dilation *= 2          # replaces the stride, from the next block on
+                    dilation *= 2          # from the next block on, in place of the stride
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
 
         for module in self.modules():
@@ -263,8 +263,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_map(self, images):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))       # (B, width/32, H/4, W/4)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, width, H/32, W/32)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))       # (B, width/32, H/4, W/4); small: H, W
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, width, H/stride, W/stride)
 
     def forward(self, images):
         return self.forward_map(images).mean(dim=(2, 3))
@@ -273,29 +273,31 @@ class ResNet(nn.Module):
 # ---------------------------------------------------------------- torchvision's ConvNeXt-T and Swin-T
 
 class ConvNeXtT(convnext.ConvNeXt):
-    """torchvision's convnext_tiny without its last linear layer. Images have at least 32x32 pixels."""
+    """torchvision's convnext_tiny without its last linear layer. Images need at least 32x32 pixels."""
 
-    width, stride = 768, 32
+    width = 768
+    stride = 32
 
     def __init__(self, drop_rate=0.0):
         Stage = convnext.CNBlockConfig
         super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)],
                          stochastic_depth_prob=drop_rate)
         self.classifier[2] = nn.Identity()
-        # torchvision starts with zeros, with which a blank patch reaches the first LayerNorm as zeros: its
-        # derivative there is 1,000 times too large, and the energy's first update falls into the hole.
+        # torchvision initialises this bias to zero. A blank patch then enters the first LayerNorm as zeros,
+        # where the derivative is 1,000 times too large: the energy method collapses at its first update.
         nn.init.trunc_normal_(self.features[0][0].bias, std=0.02)
 
     def forward_map(self, images):
-        # Decision: torchvision pools and then normalises. A dense map is not pooled: the last LayerNorm
-        # normalises each position, as Swin's does. (Without it, DDP would wait for its gradient.)
+        # Decision: torchvision pools and then normalises. A dense map is not pooled, so the last LayerNorm
+        # normalises each position, as Swin's does. (If it were left out, DDP would wait for its gradient.)
         return self.classifier[0](self.features(images))             # (B, 768, h, w)
 
 
 class SwinT(swin_transformer.SwinTransformer):
     """torchvision's swin_t without its head."""
 
-    width, stride = 768, 32
+    width = 768
+    stride = 32
 
     def __init__(self, drop_rate=0.0):
         super().__init__(patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
@@ -311,13 +313,13 @@ class SwinT(swin_transformer.SwinTransformer):
 DALLE_URL = "https://cdn.openai.com/dall-e/"                         # encoder.pkl and decoder.pkl
 
 def upsample(x):
-    """Each pixel becomes 2x2. On a GPU, autocast would promote this mere copy to fp32."""
+    """Each pixel becomes 2x2 pixels. On a GPU, autocast would promote this plain copy to fp32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Conv2d(nn.Module):
-    """Convolution that keeps the size, with DALL-E's parameter names and initialisation."""
+    """A convolution that keeps height and width, with DALL-E's parameter names and initialisation."""
 
     def __init__(self, n_in, n_out, kernel_size):
         super().__init__()
@@ -330,7 +332,7 @@ class Conv2d(nn.Module):
 
 
 class DVAEBlock(nn.Module):
-    """Four convolutions around a shortcut: 3, 3, 3, 1 wide in DALL-E's encoder, 1, 3, 3, 3 in its decoder."""
+    """Four convolutions plus a shortcut. DALL-E's kernel sizes: encoder 3, 3, 3, 1, decoder 1, 3, 3, 3."""
 
     def __init__(self, n_in, n_out, kernel_sizes, gain):
         super().__init__()
@@ -344,7 +346,7 @@ class DVAEBlock(nn.Module):
     def forward(self, x, enlarge=False):
         y = self.res_path["conv_1"](F.relu(x))
         x = self.id_path(x)
-        if enlarge:     # DALL-E enlarges first: the result is the same, but 1x1 convolutions cost less before
+        if enlarge:     # DALL-E enlarges before the 1x1 convolutions, with the same result at a higher cost
             x = upsample(x)
             y = upsample(y)
         for name in ("conv_2", "conv_3", "conv_4"):
@@ -355,7 +357,7 @@ class DVAEBlock(nn.Module):
 class DVAE(nn.Module):
     """DALL-E's discrete VAE (Ramesh et al., 2021): images to a grid of tokens, one for 8x8 pixels, and back.
 
-    Layers and their names are those of github.com/openai/DALL-E, the defaults the sizes of its weights.
+    Layers and names are those of github.com/openai/DALL-E, and the defaults are the sizes of its weights.
     Images are in [0, 1], their sides multiples of 8; tokens are int64 in [0, codes).
     """
 
@@ -376,13 +378,13 @@ class DVAE(nn.Module):
             return nn.ModuleDict({"blocks": layers})
 
         self.encoder = make(3, 7, [width, width, 2 * width, 4 * width, 8 * width], codes, (3, 3, 3, 1))
-        # Six channels come out: mean and scale of a logit-Laplace distribution. Only the mean is of use here.
+        # Six channels come out: mean and scale of a logit-Laplace distribution. Only the mean is used here.
         self.decoder = make(codes, 1, [embed_width, 8 * width, 4 * width, 2 * width, width], 6, (1, 3, 3, 3))
 
     def encode_logits(self, images):
         """(B, 3, 8h, 8w) in [0, 1] -> (B, codes, h, w)."""
         layers = self.encoder["blocks"]
-        x = layers["input"](0.8 * images + 0.1)                      # DALL-E's map of pixels
+        x = layers["input"](0.8 * images + 0.1)                      # DALL-E's pixel mapping
         for i in range(1, 5):
             for block in layers[f"group_{i}"].values():
                 x = block(x)
@@ -399,7 +401,7 @@ class DVAE(nn.Module):
         layers = self.decoder["blocks"]
         if tokens.dim() == 4:
             x = layers["input"](tokens)
-        else:                                                        # the same on one-hot codes: a lookup
+        else:                                                        # a lookup, as if on one-hot codes
             x = F.embedding(tokens, layers["input"].w[:, :, 0, 0].t()) + layers["input"].b
             x = x.permute(0, 3, 1, 2)                                # (B, embed_width, h, w)
         for i in range(1, 5):
@@ -407,30 +409,31 @@ class DVAE(nn.Module):
                 x = block(x, enlarge=i > 1 and name == "block_1")
         output = layers["output"]["conv"]
         x = F.conv2d(F.relu(x), output.w[:3], output.b[:3])
-        return ((x.sigmoid() - 0.1) / 0.8).clamp(0, 1)               # DALL-E's map of pixels undone
+        return ((x.sigmoid() - 0.1) / 0.8).clamp(0, 1)               # undoes DALL-E's pixel mapping
 
 
 def load_dvae(state):
-    """The DVAE of this state dict. Its sizes follow from the tensors' shapes. ValueError for any other."""
+    """-> the DVAE of a state dict; its sizes follow from the shapes. Raises ValueError for any other dict."""
     try:
-        with torch.device("meta"):                                   # the weights are those of the state
+        with torch.device("meta"):                                   # the weights come from the state
             dvae = DVAE(codes=len(state["encoder.blocks.output.conv.w"]),
                         width=len(state["encoder.blocks.input.w"]),
                         embed_width=len(state["decoder.blocks.input.w"]),
                         blocks=sum(name.startswith("encoder.blocks.group_1") for name in state) // 8)
         load_finite(dvae, state, assign=True)
-    except Exception as error:                                       # of many types, for other tensors
-        raise ValueError(f"no encoder and decoder of a dVAE: {last_line(error)}") from None
+    except Exception as error:                                       # wrong tensors raise many error types
+        raise ValueError(f"not the encoder and decoder of a dVAE: {last_line(error)}") from None
     return dvae.float()
 
 
 def load_dalle(encoder_path, decoder_path):
-    """DVAE with the weights of the published encoder.pkl and decoder.pkl, which are at DALLE_URL.
+    """-> DVAE with the weights of the published encoder.pkl and decoder.pkl (from DALLE_URL).
 
-    The files are whole modules, pickled in 2021 with classes of the package dall_e, which is not needed.
+    The files are whole modules, pickled in 2021 with classes of the package dall_e, which is not needed here.
     Raises ValueError for any other file.
     """
-    encoder, decoder = read_tensors(encoder_path), read_tensors(decoder_path)
+    encoder = read_tensors(encoder_path)
+    decoder = read_tensors(decoder_path)
     return load_dvae({f"encoder.{name}": tensor for name, tensor in encoder.items()}
                      | {f"decoder.{name}": tensor for name, tensor in decoder.items()})
 
@@ -438,7 +441,7 @@ def load_dalle(encoder_path, decoder_path):
 # ---------------------------------------------------------------- VQGAN
 
 class VQGANBlock(nn.Module):
-    """GroupNorm, swish and a 3x3 convolution, twice, around a shortcut."""
+    """Twice GroupNorm, swish and a 3x3 convolution, plus a shortcut."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -455,7 +458,7 @@ class VQGANBlock(nn.Module):
 
 
 class VQGANAttention(nn.Module):
-    """One head of self-attention over all positions of a map, around a shortcut."""
+    """Single-head self-attention over all positions of a map, plus a shortcut."""
 
     def __init__(self, channels):
         super().__init__()
@@ -471,7 +474,7 @@ class VQGANAttention(nn.Module):
 
 
 class VQGANLevel(nn.Module):
-    """The blocks of one resolution, attention after each if asked for, then "downsample" or "upsample"."""
+    """The blocks of one resolution, with attention if asked for. resample: "downsample", "upsample", None."""
 
     def __init__(self, n_in, n_out, blocks, attention, resample):
         super().__init__()
@@ -490,7 +493,7 @@ class VQGANLevel(nn.Module):
             if self.attn:
                 x = self.attn[j](x)
         if self.resample == "downsample":
-            x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))      # padded on the right and below only
+            x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))      # padded right and below only
         if self.resample == "upsample":
             x = self.upsample["conv"](upsample(x))
         return x
@@ -501,7 +504,7 @@ class VQGAN(nn.Module):
 
     Names and layers are those of github.com/CompVis/taming-transformers; the defaults are the sizes of its
     vqgan_imagenet_f16_1024. multipliers: the levels' widths in units of `width`; attention: which levels
-    have it. Images are in [0, 1], their sides multiples of `stride`; tokens are int64 in [0, codes).
+    have it. Images are in [0, 1], their sides are multiples of `stride`; tokens are int64 in [0, codes).
     """
 
     def __init__(self, codes=1024, embed_dim=256, z_channels=256, width=128, multipliers=(1, 1, 2, 2, 4),
@@ -525,7 +528,7 @@ class VQGAN(nn.Module):
         self.encoder = coder(3, width, top, z_channels)
         self.encoder["down"] = nn.ModuleList()
         self.decoder = coder(z_channels, top, widths[0], 3)
-        self.decoder["up"] = nn.ModuleList()                         # numbered as `down`, run from the last
+        self.decoder["up"] = nn.ModuleList()                         # numbered like `down`, run in reverse
         for i, n_out in enumerate(widths):
             n_in = width if i == 0 else widths[i - 1]
             down = "downsample" if i < last else None
@@ -538,7 +541,7 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, images):
-        """(B, 3, stride * h, stride * w) in [0, 1] -> tokens (B, h, w): each the nearest codebook entry."""
+        """(B, 3, stride * h, stride * w) in [0, 1] -> tokens (B, h, w): the nearest codebook entries."""
         layers = self.encoder
         x = layers["conv_in"](2 * images - 1)
         for level in layers["down"]:
@@ -564,10 +567,10 @@ class VQGAN(nn.Module):
 
 
 def load_vqgan(path):
-    """VQGAN with the weights of a taming-transformers checkpoint, a file of PyTorch Lightning.
+    """-> VQGAN with the weights of a taming-transformers checkpoint, written by PyTorch Lightning.
 
-    Neither package is needed. Sizes follow from the tensors' shapes; the discriminator and all else in the
-    file are dropped. Raises ValueError for any other file.
+    Neither package is needed. Sizes follow from the tensors' shapes; the discriminator and everything else in
+    the file are dropped. Raises ValueError for any other file.
     """
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     state = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(parts)}
@@ -583,36 +586,36 @@ def load_vqgan(path):
                           attention=tuple(f"encoder.down.{i}.attn.0.q.weight" in state for i in levels),
                           blocks=sum(name.startswith("encoder.down.0.") for name in convs))
         load_finite(vqgan, state, assign=True)
-    except Exception as error:                                       # of many types, for other tensors
+    except Exception as error:                                       # wrong tensors raise many error types
         raise ValueError(f"{path} is not a VQGAN of taming-transformers: {last_line(error)}") from None
     return vqgan
 
 
-# ---------------------------------------------------------------- files of weights
+# ---------------------------------------------------------------- weight files
 
 def load_weights_file(path):
-    """What torch.save wrote of tensors and plain containers, a checkpoint or a state dict, on the CPU.
+    """-> the content of a checkpoint or state dict, which may hold tensors and plain containers, on the CPU.
 
-    No code in the file runs; argparse.Namespace is let in as inert data, since MAE's files hold one. Raises
-    ValueError: a sentence that begins with the path and says what is wrong with the file.
+    No code in the file runs; argparse.Namespace is allowed as inert data, since MAE's files hold one. Raises
+    ValueError, whose sentence begins with the path and says what is wrong with the file.
     """
     with open_weights(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_tensors(path):
-    """{name: float32 tensor} of a pickled module, or of the "state_dict" in a Lightning checkpoint.
+    """-> {name: float32 tensor} of a pickled module, or of the "state_dict" in a Lightning checkpoint.
 
-    Such files refer to classes, so weights_only=True refuses them. Here the classes are neither needed nor
+    Such files refer to classes, so weights_only=True rejects them. Here, the classes are neither imported nor
     run. Raises ValueError as load_weights_file does.
     """
     with open_weights(path) as file:
         content = file.read()
-        # torch.load would run a TorchScript archive. This searches the bytes, because two zip readers can
+        # torch.load would run a TorchScript archive. The bytes are searched, because two zip readers can
         # disagree about what an archive contains.
         if b"constants.pkl" in content:
             raise ValueError("a TorchScript archive")
-        # From memory: torch.load unpacks tars, its oldest format, only from real files.
+        # Read from memory, because torch.load unpacks tars, its oldest format, only from real files.
         content = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=TensorPickle,
                              weights_only=False)
         named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
@@ -620,7 +623,7 @@ def read_tensors(path):
 
 
 def module_tensors(module, prefix, seen):
-    """{name: parameter} of a module that was unpickled with StandIns as classes; seen: ids of those done."""
+    """-> {name: parameter} of a module unpickled with StandIns as classes; seen: ids of visited modules."""
     if id(module) in seen:                                           # a module may contain itself
         return {}
     seen.add(id(module))
@@ -631,33 +634,33 @@ def module_tensors(module, prefix, seen):
 
 
 def load_finite(module, state, **options):
-    """module.load_state_dict(state, **options), but a ValueError if a number is infinite or NaN."""
+    """Calls module.load_state_dict(state, **options). Raises ValueError if a number is infinite or NaN."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"has NaN in {name}")
+            raise ValueError(f"has infinite numbers or NaN in {name}")
     module.load_state_dict(state, **options)
 
 
 def last_line(error):
-    """The end of an error message: load_state_dict names a wrong tensor there, KeyError a missing one."""
+    """-> the last line of an error message, where load_state_dict and KeyError name the tensor at fault."""
     return str(error).split("\n")[-1].strip()[:100]
 
 
 class StandIn:
-    """Takes the place of the classes in a pickled file: keeps an object's attributes, ignores all calls."""
+    """Replaces the classes of a pickled file. It keeps an object's attributes and ignores all calls."""
 
     def __init__(self, *args, **options):
         pass
 
-    __setitem__ = append = extend = __init__                         # all else that a pickle can call
+    __setitem__ = append = extend = __init__                         # the other calls that a pickle can make
 
-    def __setstate__(self, state):         # without it, a pickle could set attributes of this class
+    def __setstate__(self, state):         # otherwise, a pickle could set attributes of the class
         if isinstance(state, dict):
             self.__dict__.update(state)
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers. It imports nothing, so no code of the file's choice runs."""
+    """Rebuilds tensors and containers. It imports nothing, so a file cannot choose code to run."""
 
     def find_class(self, module, name):
         known = {"collections.OrderedDict": OrderedDict,
@@ -665,7 +668,7 @@ class TensorUnpickler(pickle.Unpickler):
                  "torch._utils._rebuild_parameter": self.rebuild_parameter}
         return known.get(f"{module}.{name}", StandIn)
 
-    # Bound methods, since a pickle could change the defaults of a function. Hooks are dropped.
+    # These are methods, because a pickle could change the defaults of a function. Hooks are dropped.
     def rebuild_tensor(self, storage, offset, size, stride, *rest):
         return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
@@ -676,8 +679,8 @@ class TensorUnpickler(pickle.Unpickler):
         load_storage = getattr(self, "persistent_load", None)        # set by torch.load
 
         def persistent_load(saved_id):
-            # Files of torch < 1.6 hold the source of each class. torch.load would compare it with ours and
-            # may write the difference to a file that the pickle names.
+            # Files of torch < 1.6 hold the source of each class. torch.load would compare it with our source
+            # and could write the difference to a file that the pickle names.
             if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
                 return saved_id[1]
             return load_storage(saved_id)
@@ -687,7 +690,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 class TensorPickle:
-    """What torch.load uses of the module pickle."""
+    """The part of the module `pickle` that torch.load uses."""
 
     Unpickler = TensorUnpickler
 
@@ -698,7 +701,7 @@ class TensorPickle:
 
 @contextmanager
 def open_weights(path):
-    """The open file; whatever fails while it is open becomes a ValueError of one sentence."""
+    """Opens a file; any error while it is open becomes a ValueError of one sentence."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
             raise OSError(0, "not a regular file")
@@ -709,10 +712,10 @@ def open_weights(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {str(error.strerror).lower()}") from None
     except Exception as error:                                       # torch.load raises many types
-        reason = "is truncated, or no file of weights but perhaps a web page, a TorchScript archive or a tar"
+        reason = "is truncated or not a weight file: perhaps a web page, a TorchScript archive or a tar"
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            reason = f"is not a file of weights only: it asks for {refused[1]}"
+            reason = f"holds more than weights: it asks for {refused[1]}"
         raise ValueError(f"{path} {reason}") from None
 
 
@@ -735,9 +738,9 @@ MODELS = {
 
 def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch",
                 drop_rate=0.0, dilated=False):
-    """The backbone named `model`, a key of MODELS. ValueError if there is none of that name.
+    """-> the backbone named `model`, a key of MODELS. Raises ValueError if there is none of that name.
 
-    ViTs take the next four arguments, ResNets `norm` and `dilated`, all of them `drop_rate`.
+    ViTs use the next four arguments, ResNets use `norm` and `dilated`, and all models use `drop_rate`.
     """
     if model not in MODELS:
         raise ValueError(f"there is no model {model!r}, only {', '.join(MODELS)}")
@@ -753,9 +756,9 @@ NO_DECAY = ("token", "pos_embed", "layer_scale", "relative_position_bias", "alph
 
 
 def parameter_groups(named_parameters, weight_decay):
-    """The trainable parameters in two groups for an optimizer: with weight decay, and without.
+    """-> the trainable parameters in two groups for an optimizer: with weight decay, and without.
 
-    Without: what is 0- or 1-dimensional (biases, norms, alpha) or has a name with a word of NO_DECAY.
+    Those without have at most one dimension (biases, norms, alpha), or a word of NO_DECAY in their name.
     """
     decayed = []
     not_decayed = []
@@ -773,10 +776,10 @@ HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "
 
 
 def load_weights(backbone, weights):
-    """Loads a state dict in the names of timm (ViT), MAE or torchvision; -> its keys of a head, not loaded.
+    """Loads a state dict with the names of timm (ViT), MAE or torchvision. -> its head's keys, not loaded.
 
-    The position embedding is resized if the image size differs. Raises ValueError that names each other key
-    which is missing, unknown, of another shape, or has numbers that are not finite.
+    The position embedding is resized if the image size differs. Raises ValueError with up to three other keys
+    that are missing, unknown or of another shape, or with one whose numbers are not finite.
     """
     expected = backbone.state_dict()
     weights = {key: value for key, value in weights.items() if torch.is_tensor(value)}
@@ -788,8 +791,8 @@ def load_weights(backbone, weights):
             weights["pos_embed"] = resize_pos_embed(pos_embed, grid_size)
 
     head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
-    optional = ("num_batches_tracked",)    # not in old files
-    if "fc_norm.weight" in weights:        # timm's and MAE's classifiers of patch means have no last norm
+    optional = ("num_batches_tracked",)    # absent from old files
+    if "fc_norm.weight" in weights:        # timm and MAE, if patch means are classified: no last norm
         optional += ("norm.weight", "norm.bias")
     weights = {key: value for key, value in weights.items() if key not in head_keys}
     problems = [f"has no {key}" for key in expected if key not in weights and not key.endswith(optional)]
