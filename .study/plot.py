@@ -50,9 +50,11 @@ def plot(points):
     for axis, measure in zip(np.atleast_1d(axes), measures):
         for curve in FIGURE:
             label, color, style = CURVES[curve]
+            if not points.get((curve, measure)):
+                continue
             doses = {CROPS / 4: points["scratch", measure][0]} | dict(sorted(points[curve, measure].items()))
             values = [[top1 for seed in runs.values() for top1 in seed] for runs in doses.values()]
-            axis.plot(doses, [np.mean(top1) for top1 in values], style, color=color, label=label, marker="o",
+            axis.plot(list(doses), [np.mean(top1) for top1 in values], style, color=color, label=label, marker="o",
                       markersize=3)
             axis.fill_between(list(doses), [min(top1) for top1 in values], [max(top1) for top1 in values],
                               color=color, alpha=0.07, linewidth=0)
@@ -60,7 +62,7 @@ def plot(points):
         ticks = [CROPS / 4, CROPS / 2, 2 * CROPS, 9 * CROPS, 36 * CROPS]
         axis.set_xticks(ticks, ["none", "22k", "90k", "405k", "1.6M"])
         axis.minorticks_off()
-        axis.set_xlim(CROPS / 5, max(max(doses) for doses in points.values()) * 1.3)
+        axis.set_xlim(CROPS / 5, 1.3 * max(max(runs) for runs in points.values()))
         axis.set_xlabel("crops seen in pretraining")
         axis.set_title(MEASURES[measure], fontsize=10)
         axis.grid(alpha=0.3)
