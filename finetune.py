@@ -8,7 +8,7 @@ parameter names of timm, MAE or torchvision.
     python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short                    # one process
     torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        finetune.py --init runs/cim_vit_b/backbone.pt --data /path/to/imagenet                   # two nodes
+        finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet            # two nodes
 
 Measured on one core of an AMD EPYC, shared with other work, torch 2.14: after 600 steps of energy_pretrain.py
 --corrupt sr (vit_nano, CIFAR-10), --recipe short --probe linear --epochs 2 reached 41.1 % top-1 on 2,000 test
