@@ -440,16 +440,17 @@ def save_picture(path, model, tasks, images, args):
     cover each other. MAE's patches have the original's mean and deviation.
     """
     rows = []
-    num_steps = 1 if args.method == "autoencoder" else args.energy_steps
-    if args.method == "energy" and args.energy_steps:
+    num_steps = args.energy_steps                                     # 1 for an autoencoder
+    if args.method == "energy" and num_steps > 0:
         num_steps += 2
     for task, chunk in zip(tasks, images.split(8 // len(tasks))):
         generator = torch.Generator(images.device).manual_seed(args.seed)
         x, target, context = corrupt_batch(task, chunk, generator, model, args)
         row = [chunk]
         for n in range(num_steps + 1):
+            if n > 0:
+                _, x = model.forward(x, target, **context)
             row.append(paste_patches(model, x, **context) if task == "sort" else x)
-            _, x = model.forward(x, target, **context)
         rows.append(torch.stack(row, dim=1))                          # (images, columns, 3, H, W)
     tiles = data.denormalize(torch.cat(rows).flatten(0, 1))
     tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / args.img_size)), mode="nearest")
