@@ -17,7 +17,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CROPS = 45_000                                                        # of an epoch
 MEASURES = {"few2": "fine-tuned on 1,000 labels", "few10": "fine-tuned on 4,500 labels",
             "probe": "ridge regression on frozen features, 5,000 labels"}
-CURVES = {"energy_sr": ("energy, super-resolution 4x", "tab:red", "-"),
+CURVES = {"scratch": ("no pretraining", "tab:purple", "-"),
+          "scratch_resnet": ("ResNet: no pretraining", "tab:purple", "--"),
+          "energy_sr": ("energy, super-resolution 4x", "tab:red", "-"),
           "energy_sr8": ("energy, super-resolution 8x", "tab:red", ":"),
           "energy_mix": ("energy, mix", "tab:orange", "-"),
           "energy_mix8": ("energy, mix with 8x", "tab:orange", ":"),
@@ -31,29 +33,36 @@ CURVES = {"energy_sr": ("energy, super-resolution 4x", "tab:red", "-"),
           "respix_resnet": ("ResNet: RESPIX", "tab:blue", "--"),
           "revdet_resnet": ("ResNet: REVDET", "tab:cyan", "--")}
 FIGURE = ["energy_sr", "energy_mix", "autoencoder_sr", "mae", "respix", "beit"]
+# The rate with the best probe after two epochs, on the held-back images: see the table of rates.
+BEST_RATE = defaultdict(lambda: 3e-3, scratch=0, scratch_resnet=0, mae=1e-3, respix=1e-2)
 
 
 def read(split):
-    """-> {(curve, measure): {crops: {(pretraining seed, rate): [top-1 of each fine-tuning seed]}}}."""
+    """-> {(curve, rate, measure): {crops: {pretraining seed: [top-1 of each fine-tuning seed]}}}."""
     points = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     with open(f"{HERE}/results.jsonl") as file:
         for line in map(json.loads, file):
             if line["split"] == split and line.get("feature", "feature") == "feature":
                 crops = round(line["epochs"] * CROPS)
-                points[line["curve"], line["measure"]][crops][line["seed"], line["lr"]].append(line["top1"])
+                points[line["curve"], line["lr"], line["measure"]][crops][line["seed"]].append(line["top1"])
     return points
 
 
+def flat(seeds):
+    return [top1 for values in seeds.values() for top1 in values]
+
+
 def plot(points):
-    measures = [name for name in MEASURES if any(measure == name for _, measure in points)]
+    measures = [name for name in MEASURES if any(measure == name for _, _, measure in points)]
     figure, axes = plt.subplots(1, len(measures), figsize=(4.6 * len(measures), 4), layout="constrained")
     for axis, measure in zip(np.atleast_1d(axes), measures):
         for curve in FIGURE:
             label, color, style = CURVES[curve]
-            if not points.get((curve, measure)):
+            doses = points.get((curve, BEST_RATE[curve], measure))
+            if not doses:
                 continue
-            doses = {CROPS / 4: points["scratch", measure][0]} | dict(sorted(points[curve, measure].items()))
-            values = [[top1 for seed in runs.values() for top1 in seed] for runs in doses.values()]
+            doses = {CROPS / 4: points["scratch", 0, measure][0]} | dict(sorted(doses.items()))
+            values = [flat(seeds) for seeds in doses.values()]
             axis.plot(list(doses), [np.mean(top1) for top1 in values], style, color=color, label=label, marker="o",
                       markersize=3)
             axis.fill_between(list(doses), [min(top1) for top1 in values], [max(top1) for top1 in values],
@@ -62,7 +71,7 @@ def plot(points):
         ticks = [CROPS / 4, CROPS / 2, 2 * CROPS, 9 * CROPS, 36 * CROPS]
         axis.set_xticks(ticks, ["none", "22k", "90k", "405k", "1.6M"])
         axis.minorticks_off()
-        axis.set_xlim(CROPS / 5, 1.3 * max(max(runs) for runs in points.values()))
+        axis.set_xlim(CROPS / 5, 1.3 * max(max(doses) for doses in points.values()))
         axis.set_xlabel("crops seen in pretraining")
         axis.set_title(MEASURES[measure], fontsize=10)
         axis.grid(alpha=0.3)
@@ -73,20 +82,22 @@ def plot(points):
 
 def table(points):
     """Mean, half of the range, and in brackets the number of pretraining seeds."""
-    doses = sorted({crops for runs in points.values() for crops in runs})
+    all_doses = sorted({crops for doses in points.values() for crops in doses})
+    order = list(CURVES)
     for measure, title in MEASURES.items():
-        rows = [curve for curve in ("scratch", "scratch_resnet", *CURVES) if points.get((curve, measure))]
+        rows = sorted({(curve, lr) for curve, lr, name in points if name == measure},
+                      key=lambda row: (order.index(row[0]), row[1]))
         if not rows:
             continue
-        print(f"\n| {title} | " + " | ".join(f"{crops:,}" for crops in doses) + " |")
-        print("|---" * (1 + len(doses)) + "|")
-        for curve in rows:
+        print(f"\n| {title} | " + " | ".join(f"{crops:,}" for crops in all_doses) + " |")
+        print("|---" * (1 + len(all_doses)) + "|")
+        for curve, lr in rows:
             cells = []
-            for crops in doses:
-                runs = points[curve, measure].get(crops)
-                values = [top1 for seed in runs.values() for top1 in seed] if runs else []
-                cells.append(f"{np.mean(values):.1f} ± {np.ptp(values) / 2:.1f} ({len(runs)})" if values else "")
-            print(f"| {CURVES.get(curve, (curve,))[0]} | " + " | ".join(cells) + " |")
+            for crops in all_doses:
+                seeds = points[curve, lr, measure].get(crops)
+                values = flat(seeds) if seeds else []
+                cells.append(f"{np.mean(values):.1f} ± {np.ptp(values) / 2:.1f} ({len(seeds)})" if values else "")
+            print(f"| {CURVES[curve][0]}{f', rate {lr:g}' if lr else ''} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

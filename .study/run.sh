@@ -28,7 +28,7 @@ for class_name in sorted(os.listdir(f"{source}/train")):
     link("train", "train", class_name, files[:-500])                  # 45,000
     link("train", "half", class_name, files[:-500:2])                 # 22,500 of them
     link("train", "held", class_name, files[-500:])                   # 5,000
-    link("train", "watch", class_name, files[-500::10])               # 500 of these, to watch training with
+    link("train", "watch", class_name, files[-500::100])              # 50 of these, to watch training with
     link("val", "test", class_name, sorted(os.listdir(f"{source}/val/{class_name}")))
 for name, train, val in (("pretrain", "train", "held"), ("pretrain_half", "half", "held"),
                          ("tune", "train", "watch"), ("tune_held", "train", "held"), ("tune_test", "train", "test")):
@@ -42,25 +42,36 @@ fi
 curve=$1 epochs=$2 seed=$3 lr=${4:-}
 vit="--model vit_nano --img_size 32 --patch_size 8"
 resnet="--model resnet_nano --img_size 32 --patch_size 8"
+energy="energy_pretrain.py $vit --energy_steps 1"
+autoencoder="energy_pretrain.py $vit --method autoencoder"
 cim="cim_pretrain.py --tokenizer train --tokenizer_dir $work/tokenizer"
-case $curve in                                                        # script, flags, and the best rate at 2 epochs
-    scratch)         command="" backbone="$vit" ;;
-    scratch_resnet)  command="" backbone="$resnet" ;;
-    energy_sr)       command="energy_pretrain.py $vit --corrupt sr --sr_scale 4 --energy_steps 1" best=3e-3 ;;
-    energy_sr8)      command="energy_pretrain.py $vit --corrupt sr --sr_scale 8 --energy_steps 1" best=3e-3 ;;
-    energy_mix)      command="energy_pretrain.py $vit --corrupt mix --sr_scale 4 --energy_steps 1" best=3e-3 ;;
-    energy_mix8)     command="energy_pretrain.py $vit --corrupt mix --sr_scale 8 --energy_steps 1" best=3e-3 ;;
-    energy_grid)     command="energy_pretrain.py $vit --corrupt grid --energy_steps 1" best=3e-3 ;;
-    energy_resnet)   command="energy_pretrain.py $resnet --corrupt sr --sr_scale 4 --energy_steps 1" best=3e-3 ;;
-    autoencoder_sr)  command="energy_pretrain.py $vit --method autoencoder --corrupt sr --sr_scale 4" best=3e-3 ;;
-    autoencoder_sr8) command="energy_pretrain.py $vit --method autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
-    autoencoder_mix) command="energy_pretrain.py $vit --method autoencoder --corrupt mix --sr_scale 4" best=3e-3 ;;
-    mae)             command="energy_pretrain.py $vit --method autoencoder --corrupt grid" best=3e-3 ;;
-    respix)          command="$cim $vit" best=3e-3 ;;
-    revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
+case $curve in                                                        # command, and the best rate at 2 epochs
+    scratch)         command="" ;;
+    scratch_resnet)  command="" ;;
+    energy_sr8)      command="$energy --corrupt sr --sr_scale 8" best=3e-3 ;;
+    energy_mix8)     command="$energy --corrupt mix --sr_scale 8" best=3e-3 ;;
+    energy_cls)      command="$energy --corrupt sr --sr_scale 4 --pool cls" best=3e-3 ;;
+    energy_n0)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 0" best=3e-3 ;;
+    energy_n2)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 2" best=3e-3 ;;
+    energy_alpha)    command="$energy --corrupt sr --sr_scale 4 --alpha predicted" best=3e-3 ;;
+    energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
+    energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
+    autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
+    autoencoder_*)   command="$autoencoder --sr_scale 4 --corrupt ${curve#autoencoder_}" best=3e-3 ;;
+    mae)             command="$autoencoder --corrupt grid" best=1e-3 ;;
+    respix)          command="$cim $vit" best=1e-2 ;;
+    respix_uniform)  command="$cim $vit --sampling uniform" best=1e-2 ;;
+    respix_argmax)   command="$cim $vit --sampling argmax" best=1e-2 ;;
+    respix_pixels)   command="$cim $vit --target none" best=1e-2 ;;
+    respix_patch)    command="$cim $vit --target patch" best=1e-2 ;;
+    respix_unshared) command="$cim $vit --share 0" best=1e-2 ;;
+    respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
+    respix_mae)      command="$cim $vit --generator mae" best=1e-2 ;;
+    respix_erase)    command="$cim $vit --generator erase" best=1e-2 ;;
+    respix_resnet)   command="$cim $resnet" best=1e-2 ;;
+    revdet)          command="$cim $vit --objective revdet" best=1e-2 ;;
+    revdet_resnet)   command="$cim $resnet --objective revdet" best=1e-2 ;;
     beit)            command="$cim $vit --objective none" best=3e-3 ;;
-    respix_resnet)   command="$cim $resnet" best=3e-3 ;;
-    revdet_resnet)   command="$cim $resnet --objective revdet" best=3e-3 ;;
     *) echo "unknown curve $curve"; exit 1 ;;
 esac
 lr=${lr:-${best:-0}}
@@ -69,7 +80,8 @@ run=$work/$name
 results=.study/results.jsonl
 touch $results
 
-start="${backbone:-}"
+start=$vit
+if [ $curve = scratch_resnet ]; then start=$resnet; fi
 if [ -n "$command" ]; then
     data=$work/data/pretrain whole_epochs=$epochs
     compile=""
