@@ -917,7 +917,7 @@ def main():
         together(require_finite, loss.item() + sum(measured.values()), step)
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
-                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 1),
+                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
                     "data_fraction": round(waited / seconds, 3),
                     "peak_mem_mb": peak_memory_mb(device), **measured}
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)

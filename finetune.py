@@ -898,7 +898,7 @@ def main():
         best = max(best, measured[metric])
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
-                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 1),
+                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
                     "data_fraction": round(waited / seconds, 3),
                     "peak_mem_mb": peak_memory_mb(device), **measured, f"best_{metric}": best}
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
@@ -910,7 +910,8 @@ def main():
     if rank == 0:
         write_file(f"{args.output_dir}/backbone.pt",
                    partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl", flush=True)
+        samples = ", samples/" if args.task == "segment" else ""
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl{samples}", flush=True)
     if world > 1:
         dist.destroy_process_group()
 
