@@ -279,10 +279,10 @@ TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]     
 
 
 def pretrain_transform(img_size, scale):
-    """PIL image -> (3, img_size, img_size): a random crop and flip, as in both papers' pretraining.
+    """PIL image -> (3, img_size, img_size): a random crop and flip.
 
     The crop covers a fraction U(*scale) of the image's area. Decision: the energy method passes (0.2, 1), as
-    in MAE; CIM passes (0.08, 1), as in BEiT's code.
+    in MAE; CIM passes (0.08, 1), as in BEiT's code. Both flip, as CIM's text says; its Table 13 does not.
     """
     return v2.Compose([v2.ToImage(), v2.RandomResizedCrop(img_size, scale=scale, interpolation=BICUBIC),
                        v2.RandomHorizontalFlip(), *TO_FLOAT])

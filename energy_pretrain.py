@@ -630,7 +630,8 @@ def peak_memory_mb(device):
     """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)       # KiB; on macOS: bytes
+    units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10   # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb)
 
 
 def run(main):
