@@ -50,7 +50,7 @@ def parse_args():
     p = Parser(description="Corrupted Image Modeling (Fang et al., ICLR 2023).",
                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
-    g("--data", default="shapes", help="'shapes' (drawn here), 'cifar10' (downloaded) or a folder of images")
+    g("--data", default="shapes", help="'shapes' (drawn by us), 'cifar10' (downloaded) or a folder of images")
     g("--model", default="vit_b", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
     g("--patch_size", type=number(int, 1, 256), default=16, help="side in pixels; 4 for CIFAR")
@@ -203,7 +203,7 @@ class CIM(nn.Module):
         side = backbone.stride if args.objective == "respix" else backbone.stride // args.patch_size
         channels = 3 if args.objective == "respix" else 1
         self.head = nn.Conv2d(backbone.width, channels * side ** 2, kernel_size=1)
-        self.unfold = nn.PixelShuffle(side)
+        self.pixel_shuffle = nn.PixelShuffle(side)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -264,7 +264,7 @@ class CIM(nn.Module):
 
     def enhance(self, corrupted):
         """(B, 3, H, W) -> normalised pixels (B, 3, H, W), or logits of being replaced (B, N)."""
-        output = self.unfold(self.head(self.backbone.forward_map(corrupted))).float()
+        output = self.pixel_shuffle(self.head(self.backbone.forward_map(corrupted))).float()
         return output if self.args.objective == "respix" else output.flatten(1)
 
     def enhancer_loss(self, output, images, golden, tokens):
@@ -316,8 +316,6 @@ def normalize_target(images, target, patch_size):
 
 def resize(images, size):
     """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic like BEiT's second view of a crop."""
-    if images.shape[3] == size:
-        return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -421,11 +419,12 @@ def read_tokenizer(name, folder):
 
 def read_or_train_dvae(args, dataset, val_images):
     """-> the dVAE of --tokenizer train, which is also written to the output folder."""
-    folder = args.tokenizer_dir
-    if args.freeze_generator:
-        folder = os.path.dirname(args.freeze_generator) or "."        # it was trained on that run's tokens
-    if os.path.exists(f"{args.output_dir}/checkpoint.pt"):
-        folder = args.output_dir                                      # the run is resumed
+    if os.path.exists(f"{args.output_dir}/checkpoint.pt"):            # the run is resumed
+        folder = args.output_dir
+    elif args.freeze_generator:                                       # it was trained on that run's tokens
+        folder = os.path.dirname(args.freeze_generator) or "."
+    else:
+        folder = args.tokenizer_dir                                   # None: train a new one
     dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images)
     content = {"model": dvae.state_dict(), "config": dvae.config}
     write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, content))
@@ -532,8 +531,8 @@ def start_log(args, model, config, tokenizer, images, num_images, world, dtype, 
           f"peak lr {args.lr:.3g}; from step {step}", flush=True)
     line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
     if tokenizer:
-        tokens = torch.cat([tokenize(tokenizer, x, args.patch_size) for x in images.split(16)])
-        restored = torch.cat([detokenize(tokenizer, x, args.img_size) for x in tokens.split(16)])
+        tokens = tokenize(tokenizer, images, args.patch_size)
+        restored = detokenize(tokenizer, tokens, args.img_size)
         some = slice(None, None, max(1, len(images) // 8))
         write_grid(f"{args.output_dir}/samples/tokenizer.png", [images[some], restored[some]])
         line["tokenizer_psnr"] = round(psnr(restored, images), 2)
@@ -565,28 +564,18 @@ def evaluate(model, images, tokenizer, args):
     """
     model.eval()
     torch.manual_seed(args.seed)
-    chunks = []
-    for x in images.split(16):
-        mask = draw_mask(len(x), args, x.device)
-        gen_loss, golden, tokens, corrupted = model.corrupt(x, mask, tokenizer)
-        chunk = {"mask": mask, "gen_loss": gen_loss.view(1), "corrupted": corrupted}
-        if golden is not None:
-            best = model.generate_tokens(x, golden, mask, "argmax")[1]
-            chunk |= {"golden": golden, "tokens": tokens, "best": best}
-        if args.objective != "none":
-            chunk["output"] = model.enhance(corrupted)
-        chunks.append(chunk)
-    whole = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    mask, golden, tokens, output = (whole.get(name) for name in ("mask", "golden", "tokens", "output"))
-
-    results = {"psnr_corrupted": psnr(whole["corrupted"], images)}
+    mask = draw_mask(len(images), args, images.device)
+    gen_loss, golden, tokens, corrupted = model.corrupt(images, mask, tokenizer)
+    results = {"psnr_corrupted": psnr(corrupted, images)}
     if args.generator != "erase":
-        results["gen_loss"] = whole["gen_loss"].mean().item()
+        results["gen_loss"] = gen_loss.item()
     if golden is not None:
+        best = model.generate_tokens(images, golden, mask, "argmax")[1]
         replaced = tokens != golden
-        results["gen_acc"] = (whole["best"] == golden)[mask].float().mean().item()
+        results["gen_acc"] = (best == golden)[mask].float().mean().item()
         results["replaced"] = replaced[mask].float().mean().item()
     if args.objective != "none":
+        output = model.enhance(corrupted)
         results[f"{args.objective}_loss"] = model.enhancer_loss(output, images, golden, tokens).item()
     if args.objective == "respix":
         _, mean, std = normalize_target(images, args.target, args.patch_size)
@@ -672,6 +661,8 @@ def init_processes(device):
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise RuntimeError("fewer GPUs than processes")
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and start no more processes than the machine has GPUs") from None
@@ -687,7 +678,7 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
+    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -766,13 +757,8 @@ def load_checkpoint(path, script, args, states):
         if checkpoint["script"] != script or conflicts:
             raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
+            if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
-        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
-            if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the weights")
-        if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
@@ -804,7 +790,10 @@ def peak_memory_mb(device):
 def run(main):
     """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
-        return main()
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
@@ -816,8 +805,8 @@ def run(main):
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error; rank 0 prints it
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+        time.sleep(5)                  # all processes of a machine have this error, and its first prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -831,8 +820,7 @@ def main():
     if args.data == "cifar10":
         together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
     # Decision: the paper does not say how small a crop may be; 0.08 is from BEiT's code.
-    loader, sampler, num_images, val_images = together(
-        data.pretraining_data, args, (0.08, 1.0), rank, world)
+    loader, val_images = together(data.pretraining_data, args, (0.08, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
@@ -854,22 +842,22 @@ def main():
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
         step = together(load_checkpoint, checkpoint_path, "cim_pretrain", args, states)["step"]
 
-    steps_per_epoch = num_images // args.batch_size
+    steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
-        start_log(args, model, config, tokenizer, measured_images, num_images, world, dtype, step)
+        start_log(args, model, config, tokenizer, val_images, len(loader.dataset), world, dtype, step)
 
     first_step, shown = step, time.time()
     while step < last_step:
         epoch = step // steps_per_epoch
         epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
+        loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
         batches = iter(loader)
-        epoch_loss, epoch_steps = torch.zeros((), device=device), 0
-        timed_from, start_time, waited = step, time.time(), 0.0
+        epoch_loss = torch.zeros((), device=device)
+        epoch_start = step
+        timed_from, start_time = step, time.time()
         model.train()
         while step < epoch_end:
             # Decision: the learning rate falls to 1e-5, as in BEiT.
@@ -878,9 +866,7 @@ def main():
                 group["lr"] = lr
             torch.manual_seed(data.seed_from(args.seed, step, rank))  # for masks and samples
             for i in range(args.accum_steps):
-                before = time.time()
                 images = next(batches)[0].to(device, non_blocking=True)
-                waited += time.time() - before
                 mask = draw_mask(len(images), args, device)
                 is_last = i == args.accum_steps - 1
                 with nullcontext() if is_last or world == 1 else ddp.no_sync():
@@ -896,31 +882,31 @@ def main():
             scaler.update()
             optimizer.zero_grad()
             step += 1
-            epoch_steps += 1
 
             if rank == 0 and time.time() - shown > 10:
+                loss = require_finite(epoch_loss.item() / (step - epoch_start), step)
                 shown = time.time()
                 seconds = (shown - start_time) / (step - timed_from)  # per step
-                loss = require_finite(epoch_loss.item() / epoch_steps, step)
                 print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
-                      f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
             if step == first_step + 1:                                # warm-up and compilation: not timed
-                timed_from, start_time, waited = step, time.time(), 0.0
+                epoch_loss.item()                                     # waits for the GPU
+                timed_from, start_time = step, time.time()
 
         # The end of an epoch, or of the run: the first process evaluates and writes.
-        seconds = time.time() - start_time
-        loss = epoch_loss / (epoch_steps * world)
+        loss = epoch_loss / ((step - epoch_start) * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, measured_images, tokenizer, args) if rank == 0 else {}
-        together(require_finite, loss.item() + sum(measured.values()), step)
+        loss = loss.item()                                            # waits for the GPU
+        seconds = time.time() - start_time
+        memory = peak_memory_mb(device)                               # of training alone
+        measured = evaluate(model, val_images, tokenizer, args) if rank == 0 else {}
+        together(require_finite, loss + sum(measured.values()), step)
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
+            line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
                     "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "data_fraction": round(waited / seconds, 3),
-                    "peak_mem_mb": peak_memory_mb(device), **measured}
+                    "peak_mem_mb": memory, **measured}
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
@@ -933,8 +919,6 @@ def main():
         write_file(f"{args.output_dir}/backbone.pt",
                    partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -118,18 +118,18 @@ def read_rgb(path):
 
 
 class Images(Dataset):
-    """Image files with their labels; without labels, each image has the label -1."""
+    """Image files without labels: each has the label -1."""
 
-    def __init__(self, paths, targets=None, classes=None):
+    classes = None
+
+    def __init__(self, paths):
         self.paths = paths
-        self.targets = targets or [-1] * len(paths)
-        self.classes = classes
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return read_rgb(self.paths[index]), self.targets[index]
+        return read_rgb(self.paths[index]), -1
 
 
 def find_images(folder):
@@ -166,7 +166,7 @@ def unlabelled_dataset(name, train, img_size):
     """The training or the held-out images of "shapes", "cifar10" or a folder. Raises BadInput.
 
     In a folder with train/ and val/, val/ is held out. Of any other tree of images, every tenth image is held
-    out, but not many more than 256 in all.
+    out, at most about 256 in all.
     """
     if name == "shapes":
         return Shapes(train, img_size)
@@ -197,25 +197,16 @@ def labelled_dataset(name, train, img_size):
     if name in ("shapes", "cifar10"):
         return unlabelled_dataset(name, train, img_size)
     classes = {}
-    for split in ("train", "val"):
-        try:
-            classes[split] = sorted(entry.name for entry in os.scandir(f"{name}/{split}") if entry.is_dir())
-        except OSError as error:
-            raise BadInput(f"--data {name} has no readable folder {split} ({error.strerror}): give a folder "
-                           "with train/CLASS/ and val/CLASS/, 'shapes' or 'cifar10'") from None
-    if classes["train"] != classes["val"]:
-        raise BadInput(f"classes differ ({describe_difference(classes['train'], classes['val'])}): "
-                       f"give {name}/train and {name}/val the same class folders")
-    folder = f"{name}/train" if train else f"{name}/val"
-    labels = {class_name: label for label, class_name in enumerate(classes["train"])}
-    # All classes are searched at once, so that an image to which two links lead has only one label.
-    class_of = {path: path[len(folder) + 1:].split(os.sep)[0] for path in find_images(folder)}
-    paths = [path for path in class_of if class_of[path] in labels]  # not files beside the class folders
-    empty = sorted(set(labels) - set(class_of.values()))
-    if empty or not labels:
-        raise BadInput(f"no image files in {folder}/{empty[0] if empty else 'CLASS'}: "
-                       "every class folder needs images")
-    return Images(paths, [labels[class_of[path]] for path in paths], classes["train"])
+    try:
+        for split in ("train", "val"):
+            classes[split], _ = torchvision.datasets.folder.find_classes(f"{name}/{split}")
+        if classes["train"] != classes["val"]:
+            raise BadInput(f"classes differ ({describe_difference(classes['train'], classes['val'])}): "
+                           f"give {name}/train and {name}/val the same class folders")
+        return torchvision.datasets.ImageFolder(f"{name}/{'train' if train else 'val'}", loader=read_rgb)
+    except OSError as error:
+        raise BadInput(f"--data {name} does not serve ({error}): give a folder with train/CLASS/ and "
+                       "val/CLASS/, images in each class, 'shapes' or 'cifar10'") from None
 
 
 def describe_difference(train_names, val_names, train_label="train", val_label="val"):
@@ -353,7 +344,7 @@ class Transformed(Dataset):
             return self.transform(image, label)
 
 
-def fixed_images(dataset, img_size, count=64):
+def fixed_images(dataset, img_size, count=32):
     """-> (count, 3, img_size, img_size): up to `count` images, evenly spread over the dataset."""
     transform = center_transform(img_size)
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
@@ -387,10 +378,10 @@ class EpochSampler(DistributedSampler):
 
 
 def pretraining_data(args, crop_scale, rank, world):
-    """-> (loader of this process's training crops, its sampler, number of training images, held-out images).
+    """-> (loader of this process's training crops, held-out images).
 
     Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. There are at
-    most 64 held-out images: (64, 3, H, W). Raises BadInput.
+    most 32 held-out images: (32, 3, H, W). Raises BadInput.
     """
     train_set = unlabelled_dataset(args.data, True, args.img_size)
     val_set = unlabelled_dataset(args.data, False, args.img_size)
@@ -406,7 +397,7 @@ def pretraining_data(args, crop_scale, rank, world):
     loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // parts, drop_last=True,
                         num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
                         pin_memory=torch.cuda.is_available())
-    return loader, sampler, len(train_set), fixed_images(val_set, args.img_size)
+    return loader, fixed_images(val_set, args.img_size)
 
 
 class RepeatingSampler(EpochSampler):
@@ -470,7 +461,7 @@ def grid_mask(images, generator, cell, ratio):
     h = H // cell
     w = W // cell
     order = torch.rand(B, h * w, generator=generator, device=images.device).argsort(dim=1).argsort(dim=1)
-    mask = (order < round(ratio * h * w)).view(B, 1, h, w)
+    mask = (order < round(ratio * (h * w))).view(B, 1, h, w)
     return mask.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
 

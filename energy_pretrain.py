@@ -187,7 +187,7 @@ class EnergyModel(nn.Module):
 
         def summed_energy(x):
             energy, alpha = self.energy(x, **context)
-            return inner_scale * energy.sum(), alpha                  # the sum keeps their gradients apart
+            return inner_scale * energy.sum(), alpha                  # no image's E depends on another's
 
         # Fused attention has no second derivative; the MATH backend has one.
         with sdpa_kernel(SDPBackend.MATH):
@@ -196,24 +196,20 @@ class EnergyModel(nn.Module):
         return x - alpha * (self.scale / inner_scale) * gradient      # Eq. (5), (7): x - alpha dE/dx
 
     def forward(self, x, target, **context):
-        """-> (MSE between the restored x and the target, the detached restored x)."""
+        """-> (the loss: for N > 0, the MSE of the restored x and the target; the detached restored x)."""
         if self.num_steps == 0:
-            return self.contrast(x, target, **context), x
+            # Figure A, N = 0: no step is taken, and corrupted images serve as negatives.
+            # Decision: the logistic loss of the energy difference between an image and its corrupted copy.
+            difference = self.energy(target, **context)[0] - self.energy(x, **context)[0]
+            return F.softplus(difference).mean(), x
         x = self.restore(x.detach(), **context)                       # Eq. (5): SG, the stop gradient
         return F.mse_loss(x, target), x.detach()
-
-    def contrast(self, x, target, **context):
-        """N = 0 (Figure A): corrupted images serve as negatives, and no step is taken. -> loss ()
-
-        Decision: the logistic loss of the energy difference between an image and its corrupted copy.
-        """
-        return F.softplus(self.energy(target, **context)[0] - self.energy(x, **context)[0]).mean()
 
 
 class AutoEncoder(nn.Module):
     """The baseline of Tables 1 and 2: a ViT and a decoder, which is not kept (MAE, He et al., 2022).
 
-        tokens = encoder(patches of x)                  # MAE (`keep` alone): the visible patches only
+        tokens = encoder(patches of x)                  # MAE (`keep`, no `images`): the visible patches only
         tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions)
         MAE:        mse(pixels of the masked patches, each patch normalised)
         sort:       cross entropy(the patch's position among N); the encoder has no position embedding
@@ -221,8 +217,6 @@ class AutoEncoder(nn.Module):
 
     It has the interface of EnergyModel.
     """
-
-    num_steps = 1
 
     def __init__(self, backbone, visible_only=False, sort=False):
         super().__init__()
@@ -257,8 +251,8 @@ class AutoEncoder(nn.Module):
         """-> (the loss, the detached restored x)."""
         if images is not None:                                                       # sort
             tokens = self.embed(self.backbone.forward_tokens(images, keep=keep))     # (B, 1 + M, width)
-            logits = self.decode(tokens, 0)                                          # (B, M, N)
-            loss = F.cross_entropy(logits.flatten(0, 1), keep.flatten())
+            logits = self.decode(tokens, 0)              # (B, M, N); no positions: they are the answer
+            loss = F.cross_entropy(logits.flatten(0, 1), keep.flatten())             # keep: true positions
             return loss, self.positions[0, logits.argmax(dim=2)]
 
         p = self.backbone.stride
@@ -272,8 +266,8 @@ class AutoEncoder(nn.Module):
             place = keep[:, :, None].expand(-1, -1, tokens.shape[2])                 # (B, M, width)
             filled = self.mask_token.to(tokens.dtype).expand(B, N, -1).scatter(1, place, tokens[:, 1:])
             output = self.decode(torch.cat([tokens[:, :1], filled], dim=1), self.positions)
-            std, mean = torch.std_mean(patches, dim=2, keepdim=True)                 # (B, N, 1) each
-            std = (std.square() + 1e-6).sqrt()
+            var, mean = torch.var_mean(patches, dim=2, keepdim=True)                 # (B, N, 1) each
+            std = (var + 1e-6).sqrt()
             masked = torch.ones(B, N, 1, device=x.device).scatter(1, keep[:, :, None], 0)  # 1 = corrupted
             error = (output - (patches - mean) / std).square()
             loss = (error * masked).sum() / (masked.sum() * error.shape[2])
@@ -317,7 +311,9 @@ def corrupt_batch(task, images, generator, model, args):
         mask = data.grid_mask(images, generator, args.mask_cell, args.mask_ratio)    # True = corrupted
         patch_mask = mask[:, 0, ::p, ::p].flatten(1)                  # (B, N)
         keep = patch_mask.byte().argsort(dim=1, stable=True)          # the visible patches first
-        return images.masked_fill(mask, 0), images, {"keep": keep[:, :(~patch_mask[0]).sum()]}
+        N = patch_mask.shape[1]
+        num_visible = N - round(args.mask_ratio * N)
+        return images.masked_fill(mask, 0), images, {"keep": keep[:, :num_visible]}
     return corrupt_pixels(images, generator, task, args), images, {}
 
 
@@ -360,6 +356,8 @@ def build_model(args, images):
     try:
         batch = corrupt_batch(args.corrupt, images[:8], generator, model, args)
         unused = calibrate_and_freeze_unused(model, *batch)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise data.BadInput(f"{args.model} cannot take --img_size {args.img_size} "
                             f"({str(error).splitlines()[0]}): raise it, or choose another model") from None
@@ -396,30 +394,19 @@ def evaluate(model, tasks, images, args):
     results = {}
     for task in tasks:
         generator = torch.Generator(images.device).manual_seed(args.seed)
-        scores = []
-        gaps = []
-        for chunk in images.split(16):
-            x, target, context = corrupt_batch(task, chunk, generator, model, args)
-            if args.method == "energy":
-                energies = [model.energy(z, **context)[0] for z in (x, target)]
-                gaps.append(model.scale * (energies[0] - energies[1]))               # (16,)
-            scores_of_chunk = []
-            for n in range(args.energy_steps + 1):
-                if n > 0:
-                    _, x = model.forward(x, target, **context)        # forward() is not compiled
-                if task == "sort":
-                    score = nearest_position(model.positions, x) == context["keep"]
-                else:
-                    score = (data.denormalize(x) - data.denormalize(target)).square()
-                scores_of_chunk.append(score.float().flatten(1).mean(dim=1))         # (16,)
-            scores.append(torch.stack(scores_of_chunk))               # (N + 1, 16)
-        for n, score in enumerate(torch.cat(scores, dim=1).mean(dim=1).tolist()):
+        x, target, context = corrupt_batch(task, images, generator, model, args)
+        if args.method == "energy":
+            gap = model.energy(x, **context)[0] - model.energy(target, **context)[0]     # (B,)
+            results[f"energy_gap_{task}"] = round((model.scale * gap.float().mean()).item(), 3)
+        for n in range(args.energy_steps + 1):
+            if n > 0:
+                _, x = model.forward(x, target, **context)            # unlike model(), never compiled
             if task == "sort":
-                results[f"sorted_{n}"] = round(score, 4)
+                correct = nearest_position(model.positions, x) == context["keep"]
+                results[f"sorted_{n}"] = round(correct.float().mean().item(), 4)
             else:
-                results[f"psnr_{task}_{n}"] = round(-10 * math.log10(max(score, 1e-10)), 2)
-        if gaps:
-            results[f"energy_gap_{task}"] = round(torch.cat(gaps).float().mean().item(), 3)
+                error = F.mse_loss(data.denormalize(x), data.denormalize(target)).item()
+                results[f"psnr_{task}_{n}"] = round(-10 * math.log10(max(error, 1e-10)), 2)
     return results
 
 
@@ -434,7 +421,7 @@ def warn_of_collapse(measured, tasks, num_steps):
 
 @torch.no_grad()
 def save_picture(path, model, tasks, images, args):
-    """One row per image: original, corrupted, step 1, ..., N, and two steps beyond N. Tasks share the rows.
+    """One row per image: original, corrupted, step 1, ..., N, and two steps beyond N. A mix: two rows a task.
 
     Steps beyond N were not trained and may overshoot. With --corrupt sort, patches that point to one place
     cover each other. MAE's patches have the original's mean and deviation.
@@ -505,6 +492,8 @@ def init_processes(device):
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise RuntimeError("fewer GPUs than processes")
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and start no more processes than the machine has GPUs") from None
@@ -520,7 +509,7 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
+    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -599,13 +588,8 @@ def load_checkpoint(path, script, args, states):
         if checkpoint["script"] != script or conflicts:
             raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
+            if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
-        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
-            if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the weights")
-        if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
@@ -637,7 +621,10 @@ def peak_memory_mb(device):
 def run(main):
     """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
-        return main()
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
@@ -649,8 +636,8 @@ def run(main):
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error; rank 0 prints it
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+        time.sleep(5)                  # all processes of a machine have this error, and its first prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -664,8 +651,7 @@ def main():
     if args.data == "cifar10":
         together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
     # As in MAE, a crop covers at least a fifth of the image.
-    loader, sampler, num_images, val_images = together(
-        data.pretraining_data, args, (0.2, 1.0), rank, world)
+    loader, val_images = together(data.pretraining_data, args, (0.2, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     model, config, unused = together(build_model, args, val_images)
@@ -685,23 +671,23 @@ def main():
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
         step = together(load_checkpoint, checkpoint_path, "energy_pretrain", args, states)["step"]
 
-    steps_per_epoch = num_images // args.batch_size
+    steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    measured_images = val_images[:max(8, last_step * args.batch_size)]  # fewer in a smoke run
     if rank == 0:
-        start_log(args, model, unused, num_images, world, dtype, step)
+        start_log(args, model, unused, len(loader.dataset), world, dtype, step)
 
     first_step, shown = step, time.time()
     generator = torch.Generator(device)                               # draws the corruptions
     while step < last_step:
         epoch = step // steps_per_epoch
         epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
+        loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
         batches = iter(loader)
-        epoch_loss, epoch_steps = torch.zeros((), device=device), 0
-        timed_from, start_time, waited = step, time.time(), 0.0
+        epoch_loss = torch.zeros((), device=device)
+        epoch_start = step
+        timed_from, start_time = step, time.time()
         while step < epoch_end:
             # Decision: the learning rate falls to 0, as in MAE.
             lr = learning_rate(step, total_steps, warmup_steps, args.lr)
@@ -709,9 +695,7 @@ def main():
                 group["lr"] = lr
             generator.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                before = time.time()
                 images = next(batches)[0].to(device, non_blocking=True)
-                waited += time.time() - before
                 x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):
@@ -730,31 +714,31 @@ def main():
             scaler.update()
             optimizer.zero_grad()
             step += 1
-            epoch_steps += 1
 
             if rank == 0 and time.time() - shown > 10:
+                loss = require_finite(epoch_loss.item() / (step - epoch_start), step)
                 shown = time.time()
                 seconds = (shown - start_time) / (step - timed_from)  # per step
-                loss = require_finite(epoch_loss.item() / epoch_steps, step)
                 print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
-                      f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
             if step == first_step + 1:                                # warm-up and compilation: not timed
-                timed_from, start_time, waited = step, time.time(), 0.0
+                epoch_loss.item()                                     # waits for the GPU
+                timed_from, start_time = step, time.time()
 
         # The end of an epoch, or of the run: the first process evaluates and writes.
-        seconds = time.time() - start_time
-        loss = epoch_loss / (epoch_steps * world)
+        loss = epoch_loss / ((step - epoch_start) * world)
         if world > 1:
             dist.all_reduce(loss)
-        measured = evaluate(model, tasks, measured_images, args) if rank == 0 else {}
-        together(require_finite, loss.item() + sum(measured.values()), step)
+        loss = loss.item()                                            # waits for the GPU
+        seconds = time.time() - start_time
+        memory = peak_memory_mb(device)                               # of training alone
+        measured = evaluate(model, tasks, val_images, args) if rank == 0 else {}
+        together(require_finite, loss + sum(measured.values()), step)
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
+            line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
                     "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "data_fraction": round(waited / seconds, 3),
-                    "peak_mem_mb": peak_memory_mb(device), **measured}
+                    "peak_mem_mb": memory, **measured}
             if args.method == "energy" and args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
@@ -770,8 +754,6 @@ def main():
         write_file(f"{args.output_dir}/backbone.pt",
                    partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ SEGMENT = dict(epochs=127, lr=3e-4, batch_size=16, weight_decay=0.05, warmup_epo
 SEGMENT_RESNET = SEGMENT | dict(epochs=64, lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
                                 drop_path=0.0, power=0.9)
 
-# The entries of a config that describe a backbone, with the values if neither --init nor a flag gives any.
+# The config entries that describe a backbone, and their defaults where neither --init nor a flag sets any.
 BACKBONE = {"model": "vit_s", "img_size": 224, "patch_size": 16, "pool": "mean", "norm": "batch"}
-# The entries that this script's checkpoint.pt adds. --eval_only takes these and BACKBONE's from the file.
+# The other arguments that describe a model, which --eval_only takes from a checkpoint.pt, like BACKBONE's.
 HEAD = ("task", "num_classes", "probe", "head_norm", "loss", "label_smoothing", "test_size", "crop_ratio")
 
 
@@ -170,11 +170,9 @@ def read_init(path):
     # A checkpoint.pt holds the whole model, of which the backbone is a part.
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items()
                 if key.startswith("backbone.")}
-    given = content.get("config")
-    given = given if isinstance(given, dict) else {}
-    # The config of a foreign file may have values of other types under these names.
-    config = {key: given[key] for key in (*BACKBONE, "method", "objective")
-              if given.get(key) and isinstance(given[key], type(BACKBONE.get(key, "")))}
+    config = content.get("config")
+    if not isinstance(config, dict) or "method" not in config:
+        config = {}                                                   # a file of another program
     return content, backbone or weights, config
 
 
@@ -202,7 +200,7 @@ def choose_recipe(args, config):
         recipe = CIM | {"lr": lr, "epochs": EPOCHS.get(args.model, 200)}
     else:
         recipe = ENERGY | {"epochs": EPOCHS.get(args.model, 200)}
-    if not is_vit:                                                    # both need a ViT's blocks and tokens
+    if not is_vit:                                                    # these need a ViT's blocks and tokens
         recipe["layer_decay"] = 1.0
         if recipe.get("head_norm") == "layer":
             recipe["head_norm"] = "none"
@@ -223,12 +221,11 @@ def choose_recipe(args, config):
 
 def resolve_from_checkpoint(args, content):
     """Takes the model's settings from --init, a checkpoint.pt of this script. Raises BadInput."""
-    try:
-        config = {key: content["config"][key] for key in (*BACKBONE, *HEAD)}
-    except (KeyError, TypeError):
+    if content.get("script") != "finetune":
         raise data.BadInput(f"--eval_only measures a checkpoint.pt of finetune.py, and {args.init} is not "
-                            "one: leave --eval_only out and train a head first") from None
-    for key, value in config.items():
+                            "one: leave --eval_only out and train a head first")
+    for key in (*BACKBONE, *HEAD):
+        value = content["args"].get(key)
         if getattr(args, key, None) not in (None, value):
             raise data.BadInput(f"--eval_only measures {args.init} as it was trained, with --{key} {value}: "
                                 f"leave --{key} out")
@@ -493,11 +490,8 @@ def build_loader(args, train, rank, world):
 
 def build_mixing(args):
     """-> function that mixes [images, labels]. Decision: each batch gets MixUp or CutMix, as in BEiT."""
-    mixes = []
-    if args.mixup:
-        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=args.num_classes))
-    if args.cutmix:
-        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=args.num_classes))
+    mixes = [mix(alpha=alpha, num_classes=args.num_classes)
+             for mix, alpha in [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)] if alpha]
     return v2.RandomChoice(mixes) if mixes else nn.Identity()
 
 
@@ -592,15 +586,6 @@ def save_picture(path, model, dataset, device):
     write_file(path, partial(save_image, make_grid(tiles, nrow=3, pad_value=1), format="png"))
 
 
-def save_checkpoint(args, config, classes, step, best, model, optimizer, scaler):
-    """Writes checkpoint.pt, from which --resume, --eval_only and --init can start."""
-    config = config | {key: getattr(args, key, None) for key in HEAD}
-    content = {"script": "finetune", "config": config, "args": vars(args), "classes": classes, "step": step,
-               "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-               "scaler": scaler.state_dict()}
-    write_file(f"{args.output_dir}/checkpoint.pt", partial(torch.save, content))
-
-
 def start_log(args, recipe, model, num_images, step, device, dtype, world):
     """Prints what is trained, and by which recipe; logs all arguments and the versions."""
     count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
@@ -644,6 +629,8 @@ def init_processes(device):
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise RuntimeError("fewer GPUs than processes")
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and start no more processes than the machine has GPUs") from None
@@ -659,7 +646,7 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """-> function(*args), called in every process or by the first one for all. An error in one ends all."""
+    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -738,13 +725,8 @@ def load_checkpoint(path, script, args, states):
         if checkpoint["script"] != script or conflicts:
             raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
         for name, state in states.items():
-            if checkpoint[name] or name != "scaler":                  # a disabled scaler has no state
+            if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
-        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
-            if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the weights")
-        if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
@@ -776,7 +758,10 @@ def peak_memory_mb(device):
 def run(main):
     """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
     try:
-        return main()
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
         message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
@@ -788,8 +773,8 @@ def run(main):
         if "DataLoader worker" not in message:
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                                                 # all have this error; rank 0 prints it
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+        time.sleep(5)                  # all processes of a machine have this error, and its first prints it
         sys.exit(1)
     sys.exit(f"error: {message}")
 
@@ -810,10 +795,9 @@ def main():
         measured = evaluate(model, val_loader, device, dtype, world)
         if rank == 0:
             print(json.dumps({"images": len(val_loader.dataset)} | measured))
-        if world > 1:
-            dist.destroy_process_group()
         return
 
+    del content, weights                                              # --init's, now copied into the model
     loader = together(build_loader, args, True, rank, world)
     mix = build_mixing(args)
     if args.compile:
@@ -845,23 +829,21 @@ def main():
         epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
         loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
         batches = iter(loader)
-        epoch_loss, epoch_steps = torch.zeros((), device=device), 0
-        timed_from, start_time, waited = step, time.time(), 0.0
+        epoch_loss = torch.zeros((), device=device)
+        epoch_start = step
+        timed_from, start_time = step, time.time()
         model.train()                                                 # a probe's backbone stays in eval mode
         while step < epoch_end:
-            # Decision: the cosine ends at 1e-6, as in BEiT's and MAE's code.
             if args.task == "segment":
                 lr = poly_rate(step, total_steps, warmup_steps, args.lr, args.power)
-            else:
-                lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=1e-6)
+            else:                           # Decision: the cosine ends at 1e-6, as in BEiT's and MAE's code.
+                lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-6, args.lr))
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
             torch.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                before = time.time()
                 batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
-                waited += time.time() - before
                 images, labels = mix(batch)
                 # DDP averages the gradients only after the last part of a batch.
                 with nullcontext() if i == args.accum_steps - 1 or world == 1 else ddp.no_sync():
@@ -876,45 +858,46 @@ def main():
             scaler.update()
             optimizer.zero_grad()
             step += 1
-            epoch_steps += 1
 
             if rank == 0 and time.time() - shown > 10:
+                loss = require_finite(epoch_loss.item() / (step - epoch_start), step)
                 shown = time.time()
                 seconds = (shown - start_time) / (step - timed_from)  # per step
-                loss = require_finite(epoch_loss.item() / epoch_steps, step)
                 print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
                       f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
-                      f"data {waited / (shown - start_time):.0%}  "
                       f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
             if step == first_step + 1:                                # warm-up and compilation: not timed
-                timed_from, start_time, waited = step, time.time(), 0.0
+                epoch_loss.item()                                     # waits for the GPU
+                timed_from, start_time = step, time.time()
 
         # The end of an epoch (or of the run): all processes evaluate, the first one writes.
-        seconds = time.time() - start_time
-        loss = epoch_loss / (epoch_steps * world)
+        loss = epoch_loss / ((step - epoch_start) * world)
         if world > 1:
             dist.all_reduce(loss)
+        loss = loss.item()                                            # waits for the GPU
+        seconds = time.time() - start_time
+        memory = peak_memory_mb(device)                               # of training alone
         measured = evaluate(model, val_loader, device, dtype, world)
-        together(require_finite, loss.item() + sum(measured.values()), step)
+        together(require_finite, loss + sum(measured.values()), step)
         best = max(best, measured[metric])
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr,
+            line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
                     "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "data_fraction": round(waited / seconds, 3),
-                    "peak_mem_mb": peak_memory_mb(device), **measured, f"best_{metric}": best}
+                    "peak_mem_mb": memory, **measured, f"best_{metric}": best}
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
             if args.task == "segment":
                 save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
                              val_loader.dataset, device)
-            save_checkpoint(args, config, classes, step, best, model, optimizer, scaler)
+            content = {"script": "finetune", "config": config, "args": vars(args), "classes": classes,
+                       "step": step, "best": best, "model": model.state_dict(),
+                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            write_file(f"{args.output_dir}/checkpoint.pt", partial(torch.save, content))
     if rank == 0:
         write_file(f"{args.output_dir}/backbone.pt",
                    partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
         samples = ", samples/" if args.task == "segment" else ""
         print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl{samples}", flush=True)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
