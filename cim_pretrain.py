@@ -67,7 +67,8 @@ def parse_args():
       help="bounds of the masked fraction; None: 100 to 120 of 196 patches, but 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
       help="how tokens are drawn from beit's predictions (Table 7)")
-    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; BEiT: the ViT's")
+    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; with --objective none, "
+      "give the ViT's own, or finetune.py cannot load it")
     g("--share", type=number(int, 0, 100), default=2,
       help="blocks that a ViT shares with the generator, besides the patch embedding; 0: share nothing")
     g("--freeze_generator", metavar="FILE", help="use this checkpoint.pt's generator without training it")
@@ -115,7 +116,7 @@ def parse_args():
         args.tokenizer = args.tokenizer or "dalle"
     if args.tokenizer in ("dalle", "vqgan"):
         args.tokenizer_dir = args.tokenizer_dir or "tokenizer"
-    # Layers are shared for both losses to train them, so a ViT enhancer and a generator must be in training.
+    # Layers are shared by a ViT enhancer and a generator that is trained with it. Otherwise --share is unused.
     if not is_vit or args.objective == "none" or args.generator == "erase" or args.freeze_generator:
         args.share = 0
     method = "beit" if args.objective == "none" else f"cim_{args.objective}"
@@ -166,7 +167,8 @@ class Generator(nn.Module):
         """Images (B, 3, H, W), mask (B, N) with True = masked -> (outputs (B, K, num_outputs), their
         positions among the N patches (B, K), True where these are masked (B, K)).
         """
-        # The head sees K positions of every image, so shapes are fixed: the masked ones, then maybe others.
+        # Fixed shapes: the head sees K positions of each image, its masked ones first. If fewer than K are
+        # masked, visible ones follow, which the third output marks False.
         positions = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :self.max_masked]
         x = self.vit.patch_embed(images)                       # (B, N, dim)
         x = torch.where(mask[:, :, None], self.mask_token, x)  # Eq. (1): replace(x, m, [MASK])

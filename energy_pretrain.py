@@ -169,7 +169,7 @@ class EnergyModel(nn.Module):
         return self.backbone.pos_embed[:, 1:].detach()
 
     def energy(self, x, images=None, keep=None):
-        """-> (energy of each image (B,), not yet multiplied by `scale`; alpha, () or (B, 1, ...))."""
+        """x: images or, with `images` and `keep`, position embeddings. -> (E before `scale` (B,), alpha)."""
         if images is None:
             feature = self.backbone(x)                                # (B, width)
         else:

@@ -105,20 +105,21 @@ def parse_args():
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/CLASS/ and val/CLASS/; for --task segment, ADE20K's layout")
     g("--task", choices=["classify", "segment"], help="what to train for; None: classify")
-    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other weights; None: none")
+    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other weights; None: from scratch")
     g("--model", choices=models.MODELS, help="None: the one in --init, else vit_s")
     g("--img_size", type=number(int, 8, 4096), help="side in pixels; None: --init's, else 224, "
       "but 160 for rsb's 100 epochs and 512 to segment")
     g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; None: --init's, else 16")
     g("--num_classes", type=number(int, 2, 4096), help="to segment, not counting 0 (unlabelled); None: 150")
-    g("--label_fraction", type=number(float, 1e-6, 1), help="train on this part of each class; None: on all")
+    g("--label_fraction", type=number(float, 1e-6, 1), help="fraction of each class to train on; None: all")
 
     g = p.add_argument_group("recipe (None: the recipe's value)").add_argument
     g("--recipe", choices=["energy", "cim", "rsb", "short"], help="None: rsb (by --epochs) for ResNets, else "
       "that of the method that wrote --init, else energy; short: for small models, in minutes")
     g("--probe", choices=["linear", "mlp"], help="train only one layer, or three, on the frozen backbone")
-    g("--head_norm", choices=["none", "layer", "batch"], help="before the linear layer; none: the pretrained "
-      "feature; layer: a new LayerNorm on a ViT's patch mean replaces its last one; batch: for short runs")
+    g("--head_norm", choices=["none", "layer", "batch"], help="norm before the linear layer; none: the "
+      "pretrained feature as it is; layer: a new LayerNorm of a ViT's patch mean, instead of its last one; "
+      "batch: for short runs")
     g("--layer_decay", type=number(float, 0.01, 1), help="ratio of a ViT block's rate to the next block's")
     g("--drop_path", type=number(float, 0, 0.99), help="chance of skipping the last block; earlier: less")
     g("--label_smoothing", type=number(float, 0, 0.99), help="fraction of a target spread over all classes")
@@ -129,7 +130,7 @@ def parse_args():
 
     g = p.add_argument_group("training (None: the recipe's value)").add_argument
     g("--epochs", type=number(int, 1), help="passes over the training images")
-    g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: at most a fifth of the epochs")
+    g("--warmup_epochs", type=number(float, 0), help="None: the recipe's, at most a fifth of the epochs")
     g("--batch_size", type=number(int, 1), help="images per optimizer step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak rate; None: the recipe's, scaled with the batch size")
