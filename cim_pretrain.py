@@ -67,7 +67,7 @@ def parse_args():
       help="bounds of the masked fraction; None: 100 to 120 of 196 patches, but 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
       help="how tokens are drawn from beit's predictions (Table 7)")
-    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; with --objective none, "
+    g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; for --objective none, "
       "give the ViT's own, or finetune.py cannot load it")
     g("--share", type=number(int, 0, 100), default=2,
       help="blocks that a ViT shares with the generator, besides the patch embedding; 0: share nothing")
@@ -116,7 +116,7 @@ def parse_args():
         args.tokenizer = args.tokenizer or "dalle"
     if args.tokenizer in ("dalle", "vqgan"):
         args.tokenizer_dir = args.tokenizer_dir or "tokenizer"
-    # Layers are shared by a ViT enhancer and a generator that is trained with it. Otherwise --share is unused.
+    # Layers are shared by a ViT enhancer and a generator that is trained with it; else --share is unused.
     if not is_vit or args.objective == "none" or args.generator == "erase" or args.freeze_generator:
         args.share = 0
     method = "beit" if args.objective == "none" else f"cim_{args.objective}"

@@ -105,7 +105,8 @@ def parse_args():
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/CLASS/ and val/CLASS/; for --task segment, ADE20K's layout")
     g("--task", choices=["classify", "segment"], help="what to train for; None: classify")
-    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other weights; None: from scratch")
+    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other "
+      "weights; None: train from scratch")
     g("--model", choices=models.MODELS, help="None: the one in --init, else vit_s")
     g("--img_size", type=number(int, 8, 4096), help="side in pixels; None: --init's, else 224, "
       "but 160 for rsb's 100 epochs and 512 to segment")
