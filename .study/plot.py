@@ -76,7 +76,7 @@ def plot(points):
         axis.set_title(MEASURES[measure], fontsize=10)
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("top-1 on 10,000 test images, %")
-    np.atleast_1d(axes)[-1].legend(fontsize=8, loc="upper left")
+    np.atleast_1d(axes)[0].legend(fontsize=8, loc="upper left")
     figure.savefig(f"{HERE}/../.pictures/curves.svg")
 
 
