@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "the same file for the same numbers"
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -77,13 +78,13 @@ def plot(points):
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("top-1 on 10,000 test images, %")
     np.atleast_1d(axes)[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(f"{HERE}/../.pictures/curves.svg")
+    figure.savefig(f"{HERE}/../.pictures/curves.svg", metadata={"Date": None})
 
 
 def table(points):
     """Mean, half of the range, and in brackets the number of pretraining seeds."""
     all_doses = sorted({crops for doses in points.values() for crops in doses})
-    order = list(CURVES)
+    order = [*CURVES, *sorted({curve for curve, _, _ in points} - set(CURVES))]
     for measure, title in MEASURES.items():
         rows = sorted({(curve, lr) for curve, lr, name in points if name == measure},
                       key=lambda row: (order.index(row[0]), row[1]))
@@ -97,7 +98,7 @@ def table(points):
                 seeds = points[curve, lr, measure].get(crops)
                 values = flat(seeds) if seeds else []
                 cells.append(f"{np.mean(values):.1f} ± {np.ptp(values) / 2:.1f} ({len(seeds)})" if values else "")
-            print(f"| {CURVES[curve][0]}{f', rate {lr:g}' if lr else ''} | " + " | ".join(cells) + " |")
+            print(f"| {CURVES.get(curve, (curve,))[0]}{f', rate {lr:g}' if lr else ''} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
