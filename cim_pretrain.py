@@ -50,7 +50,7 @@ def parse_args():
     p = Parser(description="Corrupted Image Modeling (Fang et al., ICLR 2023).",
                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data and model").add_argument
-    g("--data", default="shapes", help="'shapes' (drawn by us), 'cifar10' (downloaded) or a folder of images")
+    g("--data", default="shapes", help="'shapes' (built in), 'cifar10' (downloaded) or a folder of images")
     g("--model", default="vit_b", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
     g("--patch_size", type=number(int, 1, 256), default=16, help="side in pixels; 4 for CIFAR")
@@ -318,6 +318,8 @@ def normalize_target(images, target, patch_size):
 
 def resize(images, size):
     """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic like BEiT's second view of a crop."""
+    if images.shape[3] == size:
+        return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -761,6 +763,11 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
+        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
+            if any(value.ndim and value.shape != param.shape for value in values.values()):
+                raise ValueError("the optimizer's state does not fit the weights")
+        if not 0 <= checkpoint["step"] < 1e12:
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "

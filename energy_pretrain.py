@@ -590,6 +590,11 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
+        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
+            if any(value.ndim and value.shape != param.shape for value in values.values()):
+                raise ValueError("the optimizer's state does not fit the weights")
+        if not 0 <= checkpoint["step"] < 1e12:
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "

@@ -172,9 +172,11 @@ def read_init(path):
     # A checkpoint.pt holds the whole model, of which the backbone is a part.
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items()
                 if key.startswith("backbone.")}
-    config = content.get("config")
-    if not isinstance(config, dict) or "method" not in config:
-        config = {}                                                   # a file of another program
+    given = content.get("config")
+    given = given if isinstance(given, dict) else {}
+    # The config of a foreign file may have values of other types under these names.
+    config = {key: given[key] for key in (*BACKBONE, "method", "objective")
+              if given.get(key) and isinstance(given[key], type(BACKBONE.get(key, "")))}
     return content, backbone or weights, config
 
 
@@ -223,7 +225,7 @@ def choose_recipe(args, config):
 
 def resolve_from_checkpoint(args, content):
     """Takes the model's settings from --init, a checkpoint.pt of this script. Raises BadInput."""
-    if content.get("script") != "finetune":
+    if content.get("script") != "finetune" or not isinstance(content.get("args"), dict):
         raise data.BadInput(f"--eval_only measures a checkpoint.pt of finetune.py, and {args.init} is not "
                             "one: leave --eval_only out and train a head first")
     for key in (*BACKBONE, *HEAD):
@@ -729,6 +731,11 @@ def load_checkpoint(path, script, args, states):
         for name, state in states.items():
             if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
                 state.load_state_dict(checkpoint[name])
+        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
+            if any(value.ndim and value.shape != param.shape for value in values.values()):
+                raise ValueError("the optimizer's state does not fit the weights")
+        if not 0 <= checkpoint["step"] < 1e12:
+            raise ValueError(f"its step count is {checkpoint['step']}")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "

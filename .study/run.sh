@@ -66,8 +66,8 @@ case $curve in                                                        # command,
     respix_patch)    command="$cim $vit --target patch" best=1e-2 ;;
     respix_unshared) command="$cim $vit --share 0" best=1e-2 ;;
     respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
-    respix_mae)      command="$cim $vit --generator mae" best=1e-2 ;;
-    respix_erase)    command="$cim $vit --generator erase" best=1e-2 ;;
+    respix_mae)      command="cim_pretrain.py $vit --generator mae" best=1e-2 ;;
+    respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
     respix_resnet)   command="$cim $resnet" best=1e-2 ;;
     revdet)          command="$cim $vit --objective revdet" best=1e-2 ;;
     revdet_resnet)   command="$cim $resnet --objective revdet" best=1e-2 ;;
