@@ -487,13 +487,13 @@ def init_processes(device):
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+                raise RuntimeError("fewer GPUs than processes")
         device = torch.device(device)
         torch.zeros(1, device=device).item()
-        if device.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise RuntimeError("fewer GPUs than processes")
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and start no more processes than the machine has GPUs") from None
@@ -549,8 +549,9 @@ def open_output(folder, resume):
     """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (resume and "checkpoint.pt" in results):
+        way_on = ", or add --resume to continue from it" if "checkpoint.pt" in results else ""
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            "one, or add --resume to continue from its checkpoint.pt")
+                            f"one{way_on}")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
@@ -642,8 +643,7 @@ def run(main):
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                  # all processes of a machine have this error, and its first prints it
-        sys.exit(1)
+        time.sleep(5)         # if the machine's first process has this error too, it ends this one meanwhile
     sys.exit(f"error: {message}")
 
 
@@ -700,7 +700,7 @@ def main():
                 group["lr"] = lr
             generator.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                images = next(batches)[0].to(device, non_blocking=True)
+                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")
                 x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):
@@ -737,7 +737,7 @@ def main():
             dist.all_reduce(loss)
         loss = loss.item()                                            # waits for the GPU
         seconds = time.time() - start_time
-        memory = peak_memory_mb(device)                               # of training alone
+        memory = peak_memory_mb(device)                               # before evaluation adds to it
         measured = evaluate(model, tasks, val_images, args) if rank == 0 else {}
         together(require_finite, loss + sum(measured.values()), step)
         if rank == 0:

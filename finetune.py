@@ -245,12 +245,14 @@ def resolve(args, content, config):
         return resolve_from_checkpoint(args, content)
     args.task = args.task or "classify"
     args.model = args.model or config.get("model", BACKBONE["model"])
-    not_for_task = ["num_classes"]
+    setting, unused = f"--task {args.task}", ["num_classes"]
     if args.task == "segment":
-        not_for_task = ["recipe", "probe", "label_fraction", *(name for name in CIM if name not in SEGMENT)]
-    for name in not_for_task:
+        unused = ["recipe", "probe", "label_fraction", *(name for name in CIM if name not in SEGMENT)]
+    elif args.probe:
+        setting, unused = "--probe", ["num_classes", "drop_path", "layer_decay"]
+    for name in unused:
         if getattr(args, name, None) is not None:
-            raise data.BadInput(f"--task {args.task} takes no --{name}: leave it out")
+            raise data.BadInput(f"{setting} takes no --{name}: leave it out")
     if args.layer_decay not in (None, 1) and not args.model.startswith("vit"):
         raise data.BadInput(f"--layer_decay is for ViTs, not {args.model}: leave it out")
     recipe = choose_recipe(args, config)
@@ -529,6 +531,8 @@ def build_data_and_model(args, content, weights, device, rank, world):
             labels = images[:, 0] if is_segment else images[:, 0, 0, 0]
             with torch.no_grad():
                 copy.deepcopy(model).train()(images, labels.long())
+    except torch.OutOfMemoryError:
+        raise
     # A file whose settings were altered by hand may raise any of these.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -628,13 +632,13 @@ def init_processes(device):
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+                raise RuntimeError("fewer GPUs than processes")
         device = torch.device(device)
         torch.zeros(1, device=device).item()
-        if device.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise RuntimeError("fewer GPUs than processes")
     except (AssertionError, ImportError, RuntimeError) as error:
         raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
                             "auto, and start no more processes than the machine has GPUs") from None
@@ -690,8 +694,9 @@ def open_output(folder, resume):
     """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (resume and "checkpoint.pt" in results):
+        way_on = ", or add --resume to continue from it" if "checkpoint.pt" in results else ""
         raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            "one, or add --resume to continue from its checkpoint.pt")
+                            f"one{way_on}")
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
@@ -783,8 +788,7 @@ def run(main):
             raise
         message += ". Lower --num_workers if memory is short, then --resume"
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)                  # all processes of a machine have this error, and its first prints it
-        sys.exit(1)
+        time.sleep(5)         # if the machine's first process has this error too, it ends this one meanwhile
     sys.exit(f"error: {message}")
 
 
@@ -815,7 +819,9 @@ def main():
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config = {key: getattr(args, key) for key in BACKBONE}            # for backbone.pt
-    config |= {"mean": data.MEAN, "std": data.STD, "method": "finetune", "objective": args.task}
+    # `method` and `objective` choose the recipe of whoever fine-tunes this backbone again.
+    config |= {"mean": data.MEAN, "std": data.STD, "method": init_config.get("method", "finetune"),
+               "objective": init_config.get("objective", args.task)}
     metric = "miou" if args.task == "segment" else "top1"
     step = 0                                                          # steps done
     best = 0.0                                                        # the best epoch's metric
@@ -852,7 +858,7 @@ def main():
             # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
             torch.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
+                batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in next(batches)]
                 images, labels = mix(batch)
                 # DDP averages the gradients only after the last part of a batch.
                 with nullcontext() if i == args.accum_steps - 1 or world == 1 else ddp.no_sync():
@@ -885,7 +891,7 @@ def main():
             dist.all_reduce(loss)
         loss = loss.item()                                            # waits for the GPU
         seconds = time.time() - start_time
-        memory = peak_memory_mb(device)                               # of training alone
+        memory = peak_memory_mb(device)                               # before evaluation adds to it
         measured = evaluate(model, val_loader, device, dtype, world)
         together(require_finite, loss + sum(measured.values()), step)
         best = max(best, measured[metric])

@@ -1179,7 +1179,9 @@ def test_compiled_runs_equal_eager_ones(script, flags, bad, tmp_path):
     (ENERGY, ["--corrupt", "color"], []), (ENERGY, ["--corrupt", "color"], ["--compile"]),
     # With all patches masked and no sampling, nothing is random.
     (CIM, [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--sampling", "argmax"], []),
-    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], [])], ids=str)
+    (CIM, [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--sampling", "argmax"], ["--compile"]),
+    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], []),
+    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], ["--compile"])], ids=str)
 def test_two_processes_train_as_one(script, flags, compiled, trained, tmp_path):
     flags = [*flags, "--epochs", 2, "--output_dir"]
     run_here(script, *flags, tmp_path / "one")
@@ -1250,6 +1252,7 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (FINE, [*INIT, "--output_dir", "energy"], "energy checkpoint.pt earlier run"),
     (FINE, [*VIT, "--label_fraction", 0.1], "3 training images --batch_size 8"),
     (FINE, [*VIT, "--head_norm", "batch", "--batch_size", 1], "vit_nano --batch_size 1"),
+    (FINE, [*VIT, "--probe", "linear", "--drop_path", 0.1], "--probe --drop_path"),
     (FINE, ["--data", "bad/other"], "classes differ train: a val: b"),
     (FINE, [*VIT, "--num_classes", 5], "classify --num_classes"),
     (FINE, [*SEGMENT, *VIT, "--data", "nowhere"], "nowhere/images/validation")], ids=str)

@@ -1,11 +1,12 @@
 """Ridge regression on the frozen features of a backbone: where a converged linear probe ends, in seconds.
 
-    python .study/probe.py DATA BACKBONE.pt [--by_block] [--labels 5000] [--tune_seeds 0 1 2]
+    python .study/probe.py DATA BACKBONE.pt [--by_block] [--sr_scale 4] [--labels 5000] [--tune_seeds 0 1 2]
 
 DATA holds train/CLASS/ and val/CLASS/. Each seed draws its own `labels` training images; all of val/ is used.
 Centre crops, standardised features, and the penalty with the least leave-one-out error. For a ViT it measures the
 patch mean (`mean`), the class token (`cls`) and both together (`both`), with --by_block of every block; `feature` is
-what the backbone returns. A name of models.MODELS in place of a file stands for an untrained backbone.
+what the backbone returns. --sr_scale probes images of lower resolution, as pretraining on super-resolution sees them.
+A name of models.MODELS in place of a file stands for an untrained backbone.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ import models
 
 
 @torch.no_grad()
-def extract(backbone, dataset, indices, img_size, by_block):
+def extract(backbone, dataset, indices, img_size, by_block, sr_scale):
     """-> ({name: features (count, width)}, labels (count,)), as NumPy arrays."""
     crops = data.Transformed(dataset, data.center_transform(img_size), seed=0)
     block_outputs = []
@@ -31,6 +32,8 @@ def extract(backbone, dataset, indices, img_size, by_block):
     features, labels = {}, []
     for images, label in DataLoader(crops, batch_size=250, sampler=[(0, index) for index in indices]):
         labels.append(label)
+        if sr_scale > 1:
+            images = data.low_resolution(images, None, sr_scale)
         if isinstance(backbone, models.ViT):
             block_outputs.clear()
             tokens = {"": backbone.forward_tokens(images)}
@@ -75,6 +78,7 @@ def main():
     p.add_argument("data")
     p.add_argument("backbone")
     p.add_argument("--by_block", action="store_true")
+    p.add_argument("--sr_scale", type=int, default=1)
     p.add_argument("--labels", type=int, default=5000)
     p.add_argument("--tune_seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--seed", type=int, default=0, help="of an untrained backbone")
@@ -94,8 +98,9 @@ def main():
     draws = {seed: data.few_labels(train_set.targets, args.labels / len(train_set), seed)
              for seed in args.tune_seeds}
     used = sorted(set().union(*draws.values()))
-    train, train_labels = extract(backbone, train_set, used, config["img_size"], args.by_block)
-    test, test_labels = extract(backbone, val_set, range(len(val_set)), config["img_size"], args.by_block)
+    options = config["img_size"], args.by_block, args.sr_scale
+    train, train_labels = extract(backbone, train_set, used, *options)
+    test, test_labels = extract(backbone, val_set, range(len(val_set)), *options)
     for name in train:
         for seed, draw in draws.items():
             rows = np.searchsorted(used, draw)

@@ -85,7 +85,7 @@ if [ $curve = scratch_resnet ]; then start=$resnet; fi
 if [ -n "$command" ]; then
     data=$work/data/pretrain whole_epochs=$epochs
     compile=""
-    if [ "$epochs" -gt 4 ] 2>/dev/null; then compile=--compile; fi    # starting it takes half a minute
+    if [ "$epochs" -gt 1 ] 2>/dev/null; then compile=--compile; fi    # starting it takes half a minute
     if [ "$epochs" = 0.5 ]; then data=$work/data/pretrain_half whole_epochs=1; fi
     if [[ $command == cim* ]] && [ ! -f $work/tokenizer/dvae.pt ]; then   # one tokenizer for all CIM points
         $python cim_pretrain.py --data $work/data/pretrain $vit --batch_size 32 --tokenizer train --tokenizer_steps 2000 \
