@@ -103,9 +103,12 @@ def parse_args():
 
     is_vit = args.model.startswith("vit")
     has_tokens = args.generator == "beit"
-    if not has_tokens and (args.objective != "respix" or args.tokenizer or args.sampling != "softmax"):
+    if not has_tokens and (args.objective != "respix" or args.tokenizer or args.tokenizer_dir
+                           or args.sampling != "softmax"):
         p.error(f"--generator {args.generator} has no tokens to sample or to detect: choose --objective "
-                "respix, and leave --tokenizer and --sampling out")
+                "respix, and leave --tokenizer, --tokenizer_dir and --sampling out")
+    if args.freeze_generator and args.tokenizer == "train" and args.tokenizer_dir:
+        p.error("--freeze_generator comes with its own tokenizer: leave --tokenizer_dir out")
     if args.objective != "respix" and args.target != "window":
         p.error("--target is for --objective respix: leave it out")
     if args.freeze_generator and (args.objective == "none" or args.generator == "erase"):
