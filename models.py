@@ -548,7 +548,7 @@ class VQGAN(nn.Module):
             x = level(x)
         x = F.silu(layers["norm_out"](layers["mid"](x)))
         z = self.quant_conv(layers["conv_out"](x)).permute(0, 2, 3, 1)             # (B, h, w, embed_dim)
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all codes e. In fp32, because bf16
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all codes e. Not in bf16, which
         # rounds the distances of neighbouring codes to the same number.
         codebook = self.quantize["embedding"].weight.float()                       # (codes, embed_dim)
         with torch.autocast(z.device.type, enabled=False):
