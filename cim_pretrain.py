@@ -878,7 +878,7 @@ def main():
                 group["lr"] = lr
             torch.manual_seed(data.seed_from(args.seed, step, rank))  # for masks and samples
             for i in range(args.accum_steps):
-                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")
+                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")  # pinned
                 mask = draw_mask(len(images), args, device)
                 is_last = i == args.accum_steps - 1
                 with nullcontext() if is_last or world == 1 else ddp.no_sync():

@@ -700,7 +700,7 @@ def main():
                 group["lr"] = lr
             generator.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")
+                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")  # pinned
                 x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):

@@ -818,10 +818,9 @@ def main():
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = {key: getattr(args, key) for key in BACKBONE}            # for backbone.pt
-    # `method` and `objective` choose the recipe of whoever fine-tunes this backbone again.
-    config |= {"mean": data.MEAN, "std": data.STD, "method": init_config.get("method", "finetune"),
-               "objective": init_config.get("objective", args.task)}
+    config = {key: getattr(args, key) for key in BACKBONE} | {"mean": data.MEAN, "std": data.STD}
+    # --init's method and objective choose the recipe of whoever fine-tunes this backbone.pt again.
+    config = {"method": "finetune", "objective": args.task} | init_config | config
     metric = "miou" if args.task == "segment" else "top1"
     step = 0                                                          # steps done
     best = 0.0                                                        # the best epoch's metric

@@ -1174,12 +1174,14 @@ def test_compiled_runs_equal_eager_ones(script, flags, bad, tmp_path):
     assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "eager"), rtol=1e-3, atol=2e-4)
 
 
+# With all patches masked and no sampling, nothing is random.
+FULL_MASKS = [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--sampling", "argmax"]
+
+
 @slow
 @pytest.mark.parametrize("script,flags,compiled", [
     (ENERGY, ["--corrupt", "color"], []), (ENERGY, ["--corrupt", "color"], ["--compile"]),
-    # With all patches masked and no sampling, nothing is random.
-    (CIM, [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--sampling", "argmax"], []),
-    (CIM, [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--sampling", "argmax"], ["--compile"]),
+    (CIM, FULL_MASKS, []), (CIM, FULL_MASKS, ["--compile"]),
     (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], []),
     (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], ["--compile"])], ids=str)
 def test_two_processes_train_as_one(script, flags, compiled, trained, tmp_path):

@@ -47,12 +47,12 @@ CLAIMS = [
     ("energy, Table 2: better than an autoencoder on super-resolution", "energy_sr", "autoencoder_sr"),
     ("energy, Table 1: better than MAE on the grid mask", "energy_grid", "mae"),
     ("energy, Table 3: a mix of tasks is better than super-resolution alone", "energy_mix", "energy_sr"),
-    ("energy, Table 3: than the grid mask alone", "energy_mix", "energy_grid"),
-    ("energy, Table 3: than denoising alone", "energy_mix", "energy_denoise"),
-    ("energy, Table 3: than colorization alone", "energy_mix", "energy_color"),
+    ("energy, Table 3: a mix of tasks is better than the grid mask alone", "energy_mix", "energy_grid"),
+    ("energy, Table 3: a mix of tasks is better than denoising alone", "energy_mix", "energy_denoise"),
+    ("energy, Table 3: a mix of tasks is better than colorization alone", "energy_mix", "energy_color"),
     ("energy, Figure A: one step is better than none", "energy_sr", "energy_n0"),
     ("energy, Figure A: two steps are better than one", "energy_n2", "energy_sr"),
-    ("energy, A.1: a predicted step size instead of a learned one", "energy_alpha", "energy_sr"),
+    ("energy, A.1 (which takes no side): a predicted step size is better than a learned one", "energy_alpha", "energy_sr"),
     ("energy, Table B: a ResNet gains too", "energy_resnet", "scratch_resnet"),
     ("CIM, Table 1: RESPIX is better than BEiT", "respix", "beit"),
     ("CIM, Table 1: REVDET is better than BEiT", "revdet", "beit"),
@@ -61,11 +61,11 @@ CLAIMS = [
     ("CIM, Table 4: random masking is better than blocks", "respix", "respix_block"),
     ("CIM, Table 5: shared first layers are better than separate ones", "respix", "respix_unshared"),
     ("CIM, Table 6: sliding windows are better than no normalization", "respix", "respix_pixels"),
-    ("CIM, Table 6: than normalization by patch", "respix", "respix_patch"),
-    ("CIM, Table 7: sampling from the generator is better than uniform", "respix", "respix_uniform"),
-    ("CIM, Table 7: than the most likely token", "respix", "respix_argmax"),
+    ("CIM, Table 6: sliding windows are better than normalization by patch", "respix", "respix_patch"),
+    ("CIM, Table 7: sampling from the generator is better than uniform sampling", "respix", "respix_uniform"),
+    ("CIM, Table 7: sampling is better than the most likely token", "respix", "respix_argmax"),
     ("CIM, Table 10: tokens are better than a generator that paints like MAE", "respix", "respix_mae"),
-    ("CIM, 4.4: a generator is better than erasing", "respix", "respix_erase"),
+    ("CIM, section 3.3: a generator is better than erasing", "respix", "respix_erase"),
 ]
 
 
@@ -133,7 +133,7 @@ def table(points):
 
 
 def claims(points):
-    """Compares the seeds' means at the longest pretraining of which both curves have the most seeds (at most three).
+    """Compares the seeds' means at the length with the most seeds for both curves, up to three; if tied, the longest.
 
     A claim "holds" if the worst seed of one curve is better than the best of the other: by chance alone, three
     against three seeds fall so once in twenty.
