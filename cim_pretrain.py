@@ -3,7 +3,8 @@
 A small BEiT, the generator, predicts the tokens of masked patches. Tokens sampled from its predictions are
 decoded to a plausibly corrupted image. From it, the enhancer, a ViT or a ResNet, learns to restore the
 original pixels (RESPIX) or to detect the replaced tokens (REVDET). Only the enhancer is kept. --objective
-none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3.
+none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3,
+but without its relative positions and LayerScale.
 
     python cim_pretrain.py --model vit_nano --img_size 32 --patch_size 4 --tokenizer train       # one process
     torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet           # one node
@@ -41,7 +42,7 @@ from torchvision.utils import make_grid, save_image
 import data
 import models
 
-WEIGHT = {"respix": 10.0, "revdet": 1.0}    # the enhancer's loss weight; the generator's is 1 (Table 13)
+WEIGHT = {"respix": 10.0, "revdet": 1.0}    # the enhancer's loss weight (Table 13); the generator's is 1
 
 
 # ---------------------------------------------------------------- arguments
@@ -152,8 +153,8 @@ class Generator(nn.Module):
     """The small BEiT of sec. 2.1, or the MAE-like generator of Table 10, which differs in its outputs.
 
         x = patch embeddings, with [MASK] in place of the masked ones       # Eq. (1)
-        x = blocks(x) at the masked positions only
-        return head(x)                                                      # logits of all codes, or pixels
+        x = blocks(x)
+        return head(x at the masked positions)                              # logits of all codes, or pixels
     """
 
     def __init__(self, vit, num_outputs, max_masked):
@@ -236,7 +237,8 @@ class CIM(nn.Module):
         """The MAE-like generator (Table 10) -> (its loss, the images with sampled pixels in masked patches).
 
         Decision: the paper "samples RGB color values". Here, each is drawn from a normal distribution around
-        the output; its variance is the batch's mean squared error, the maximum-likelihood estimate.
+        the output; its variance is the batch's mean squared error, the maximum-likelihood estimate. Differs
+        from sec. A.1, which takes "a MAE-Base model": the network is the same as with tokens.
         """
         p = self.args.patch_size
         patches = F.unfold(images, p, stride=p).transpose(1, 2)                # (B, N, 3 p p)
@@ -257,7 +259,8 @@ class CIM(nn.Module):
         Both tokens are None for generators that use no tokenizer.
         """
         if self.args.generator == "erase":
-            # Decision: random erasing blanks one rectangle, whose area is drawn from --mask_ratio.
+            # Decision: random erasing blanks one rectangle, whose area is drawn from --mask_ratio; the loss
+            # takes all pixels, as always in RESPIX.
             corrupted = data.mask_random(images, None, count=1, area=self.args.mask_ratio)
             return torch.zeros((), device=images.device), None, None, corrupted
         if self.args.generator == "mae":
@@ -320,7 +323,7 @@ def normalize_target(images, target, patch_size):
 # Any frozen module with `stride`, `encode`, `decode` and config["codes"]: DALL-E's dVAE, VQGAN, a small dVAE.
 
 def resize(images, size):
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic like BEiT's second view of a crop."""
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size). Decision: bicubic (BEiT's code: Lanczos)."""
     if images.shape[3] == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -455,7 +458,10 @@ def load_tokenizer(args, dataset, val_images, device, rank, world):
 # ---------------------------------------------------------------- data and model
 
 def init_as_beit(vit):
-    """BEiT's initialisation: normal with std 0.02; the output layers of block i are divided by sqrt(2 i)."""
+    """Normal with std 0.02; the output layers of block i are divided by sqrt(2 i), as in BEiT.
+
+    Decision: the papers state no initialisation. BEiT's code also cuts the normal off at one std.
+    """
     for param in vit.parameters():
         if param.dim() > 1:                                    # all but biases and LayerNorms
             nn.init.trunc_normal_(param, std=0.02)

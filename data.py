@@ -288,8 +288,8 @@ def center_transform(img_size, crop_ratio=1.0):
 def finetune_transform(img_size, randaug, erasing):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
-    Differs from the paper: torchvision's RandAugment applies two operations of one fixed strength. The papers
-    use timm's, which skips each with probability 0.5 and varies the strength with standard deviation 0.5.
+    Differs from CIM's paper: torchvision's RandAugment applies two operations of one fixed strength. The
+    paper uses timm's, which skips each with probability 0.5 and varies the strength (standard deviation 0.5).
     """
     # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
@@ -547,8 +547,8 @@ def random_mask(count, generator, grid_size, fraction, device="cpu"):
 def block_mask(count, generator, grid_size, fraction):
     """Masks of rectangles, as in BEiT (Bao et al., 2021, algorithm 1): the number drawn, or sometimes fewer.
 
-    A rectangle's aspect ratio is log-uniform in (0.3, 1 / 0.3). A mask is finished when ten rectangles in a
-    row do not fit.
+    A rectangle's aspect ratio is log-uniform in (0.3, 1 / 0.3), its area uniform between the smallest and
+    what is left to mask. A mask is finished when ten rectangles in a row do not fit.
     """
     # In a Python loop per image, NumPy's random numbers cost far less than a tensor operation for each.
     rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
@@ -560,7 +560,7 @@ def block_mask(count, generator, grid_size, fraction):
         tries = 0
         while remaining > 0 and tries < 10:
             tries += 1
-            area = rng.uniform(smallest, max(remaining, smallest))
+            area = rng.uniform(*sorted((smallest, remaining)))
             aspect = math.exp(rng.uniform(-1, 1) * math.log(0.3))
             height = round(math.sqrt(area * aspect))
             width = round(math.sqrt(area / aspect))

@@ -55,7 +55,8 @@ def parse_args():
     g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
     g("--patch_size", type=number(int, 1, 256), default=16,
       help="side of a ViT's patches in pixels; 4 for CIFAR")
-    # Decision: the paper does not say which feature h takes. Both restore images equally well.
+    # Decision: the paper does not say which feature h takes. Both restore images equally well, and the patch
+    # mean's features were the better ones.
     g("--pool", default="mean", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean")
 
     g = p.add_argument_group("method").add_argument
@@ -70,22 +71,22 @@ def parse_args():
       help="the step size: one learned number, or one predicted for each image by a linear head")
     # Decision: the paper's grid cells and super-resolution factor, 16 at 224/16, follow the patch size.
     g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; None: the patch size")
-    g("--sr_scale", type=number(int, 2, 1024), help="super-resolution factor; None: the patch size, "
-      "as in the paper; half of that gave small ViTs better features, see .study/README.md")
+    g("--sr_scale", type=number(int, 2, 1024), help="super-resolution factor; None: the patch "
+      "size; half of that gave small ViTs better features, see .study/README.md")
     # Decision: the paper tries several ratios and does not say which one the mix uses; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
       help="fraction of the grid's cells that are blanked")
 
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=200, help="passes over the training images")
-    # Decision: the paper does not state its warm-up.
+    # Decision: the text at hand, which lacks the paper's Table A, states no warm-up and no clipping.
     g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10%% of the epochs, at most 40")
     g("--batch_size", type=number(int, 1), default=256, help="images per optimizer step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak learning rate; None: the paper's, 1e-4 x batch_size / "
       "256; use 5e-3 for vit_nano in runs of a few minutes")
     g("--weight_decay", type=number(float, 0, 10), default=0.05, help="AdamW's, on matrices and kernels only")
-    # Decision: the paper mentions no clipping; a norm of 1.0 is rarely reached and stops spikes.
+    # Decision: a norm of 1.0 is rarely reached, and stops spikes.
     g("--clip_grad", type=number(float, 0), default=1.0, help="largest gradient norm; 0: no clipping")
     g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
     g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops and corruptions")
@@ -210,7 +211,7 @@ class AutoEncoder(nn.Module):
     """The baseline of Tables 1 and 2: a ViT and a decoder, which is not kept (MAE, He et al., 2022).
 
         tokens = encoder(patches of x)                  # MAE (`keep`, no `images`): the visible patches only
-        tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions)
+        tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions except for sort)
         MAE:        mse(pixels of the masked patches, each patch normalised)
         sort:       cross entropy(the patch's position among N); the encoder has no position embedding
         otherwise:  mse(all pixels)                     # Decision: not normalised, as in eq. (5)
@@ -421,7 +422,7 @@ def warn_of_collapse(measured, tasks, num_steps):
 
 @torch.no_grad()
 def save_picture(path, model, tasks, images, args):
-    """One row per image: original, corrupted, step 1, ..., N, and two steps beyond N. A mix: two rows a task.
+    """One row per image: original, corrupted, step 1, ..., N, and two beyond N. A mix: two images a task.
 
     Steps beyond N were not trained and may overshoot. With --corrupt sort, patches that point to one place
     cover each other. MAE's patches have the original's mean and deviation.

@@ -11,8 +11,8 @@ parameter names of timm, MAE or torchvision.
         finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet            # two nodes
 
 Measured on one core of an AMD EPYC, shared with other work, torch 2.14: after 600 steps of energy_pretrain.py
---corrupt sr (vit_nano, CIFAR-10), --recipe short --probe linear --epochs 2 reached 41.1 % top-1 on 2,000 test
-images in seven minutes. Ridge regression on centre crops of 5,000 training images reached 41.8 %.
+--corrupt sr (vit_nano, patches of 4, CIFAR-10), --recipe short --probe linear --epochs 2 reached 41.1 % top-1
+on 2,000 test images in seven minutes; ridge regression on centre crops of 5,000 training images, 41.8 %.
 """
 import argparse
 import copy
@@ -50,7 +50,7 @@ CIM = dict(epochs=200, lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epoch
            clip_grad=0.0, head_norm="layer", drop_path=0.1, loss="ce", label_smoothing=0.1, mixup=0.8,
            cutmix=1.0, randaug=9, erasing=0.25, repeats=1, img_size=224, test_size=224, crop_ratio=0.95)
 # Table 14's learning rates by the model and objective of --init; all others take 3e-3. For ViT-S, the table
-# has "3e-3 or 4e-3". Decision: REVDET takes the higher one, as it does for ViT-B.
+# has "3e-3 or 4e-3". Decision: REVDET takes the higher one, because ViT-B's REVDET does.
 CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
 # Energy: "most of the experimental settings follow" MAE (sec. 4). Sec. A.1's table was not available.
 # Decision: 1e-3 at batch 1,024. A transcript of that table calls 1e-3 the *base* rate; by MAE's rule (base x
@@ -58,7 +58,8 @@ CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
 # replaces only that layer. With 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs, mean of
 # three seeds), --head_norm none reached 30.3 % top-1, layer 32.1 and batch 35.9.
 ENERGY = CIM | dict(lr=1e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875)
-EPOCHS = {"vit_b": 100, "vit_l": 50}                    # in both papers' recipes; other models: 200
+# Energy: Table 3 (its other tables: 100 epochs); CIM: Table 14. Decision: 50 for CIM's ViT-L, too.
+EPOCHS = {"vit_b": 100, "vit_l": 50}                    # other models: 200
 
 # The columns of CIM's Table 15, named by their epochs. RSB (Wightman et al., 2021) has no random erasing.
 RSB_100 = CIM | dict(epochs=100, lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1.0,
@@ -69,12 +70,12 @@ RSB_600 = RSB_300 | dict(epochs=600, weight_decay=0.01, label_smoothing=0.1, mix
 RSB = {100: RSB_100, 300: RSB_300, 600: RSB_600}
 
 NO_AUGMENTATION = dict(mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0)
-# Our own recipe, from neither paper, for small models in minutes: no augmentation and no layer decay, which
-# would slow the learning down, and the head_norm that was best above.
+# Our own recipe, from neither paper, for small models in minutes: without augmentation and layer decay, as
+# both would slow the learning down, and with the head_norm that was best above.
 SHORT = ENERGY | NO_AUGMENTATION | dict(epochs=2, batch_size=32, layer_decay=1.0, head_norm="batch")
 
-# Decision: the papers do not describe their probes. As in MAE: crops, flips, 90 epochs, no weight decay, and
-# features standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
+# Decision: the papers do not say how their probes are trained. As in MAE: crops, flips, 90 epochs, no weight
+# decay, features standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
 PROBE = ENERGY | NO_AUGMENTATION | dict(epochs=90, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0,
                                         head_norm="batch", drop_path=0.0, label_smoothing=0.0)
 # Our own recipe, for 5,000 images; with 50,000, --epochs 2 takes as many steps. On 5,000 CIFAR-10 images, it
@@ -286,7 +287,7 @@ class Classifier(nn.Module):
         self.loss = loss
         self.label_smoothing = label_smoothing
         width = backbone.width
-        # The energy paper replaces "only the linear head" and keeps the pretrained feature (sec. 4).
+        # The energy paper fine-tunes "by only replacing the linear head h" (sec. 3.2) and keeps the feature.
         # BEiT, whose code CIM builds on, skips the last LayerNorm and puts a new one on the patch mean.
         self.patch_mean = head_norm == "layer" and isinstance(backbone, models.ViT)
         if self.patch_mean:
@@ -351,8 +352,9 @@ class Segmenter(nn.Module):
         loss = mean over the labelled pixels of the cross entropy
 
     Masks are (B, H, W) int64: 0 = unlabelled, c = channel c - 1 of the logits.
-    Differs from the paper, whose FCN is MMSegmentation's: there is no auxiliary head, crops of one class are
-    not drawn again (`cat_max_ratio`), and the long side of an image is not limited.
+    Differs from the paper, whose FCN is MMSegmentation's: the head is torchvision's, with one hidden
+    convolution instead of two; there is no auxiliary head, crops of one class are not drawn again
+    (`cat_max_ratio`), and the long side of an image is not limited.
     """
 
     def __init__(self, backbone, num_classes, img_size):
@@ -514,7 +516,8 @@ def build_data_and_model(args, content, weights, device, rank, world):
         if args.init:
             models.load_weights(backbone, weights)
         if isinstance(backbone, models.ViT):
-            backbone.pos_embed.requires_grad_(True)                   # even if it was fixed (sec. A.1)
+            # Decision: even if it was fixed, as the energy paper has it for sorting.
+            backbone.pos_embed.requires_grad_(True)
         if is_segment:
             model = Segmenter(backbone, args.num_classes, args.img_size)
         else:

@@ -283,8 +283,8 @@ class ConvNeXtT(convnext.ConvNeXt):
         super().__init__([Stage(96, 192, 3), Stage(192, 384, 3), Stage(384, 768, 9), Stage(768, None, 3)],
                          stochastic_depth_prob=drop_rate)
         self.classifier[2] = nn.Identity()
-        # torchvision initialises this bias to zero. A blank patch then enters the first LayerNorm as zeros,
-        # where the derivative is 1,000 times too large: the energy method collapses at its first update.
+        # Differs from torchvision, which initialises this bias to zero. A blank patch then enters the first
+        # LayerNorm as zeros, where the derivative is 1,000 times too large: the first update collapses.
         nn.init.trunc_normal_(self.features[0][0].bias, std=0.02)
 
     def forward_map(self, images):

@@ -30,9 +30,19 @@ CURVES = {"scratch": ("no pretraining", "tab:purple", "-"),
           "autoencoder_mix": ("autoencoder, mix", "tab:olive", "-"),
           "mae": ("MAE", "black", "-"),
           "respix": ("CIM, RESPIX", "tab:blue", "-"), "revdet": ("CIM, REVDET", "tab:cyan", "-"),
-          "beit": ("BEiT alone", "tab:green", "-"), "energy_resnet": ("ResNet: energy", "tab:red", "--"),
+          "beit": ("BEiT alone", "tab:green", "-"),
+          "energy_resnet": ("ResNet: energy", "tab:red", "--"),
           "respix_resnet": ("ResNet: RESPIX", "tab:blue", "--"),
           "revdet_resnet": ("ResNet: REVDET", "tab:cyan", "--")}
+VARIANTS = {"energy_n0": "energy, N = 0", "energy_n2": "energy, N = 2", "energy_cls": "energy, of the class token",
+            "energy_alpha": "energy, predicted step size", "energy_denoise": "energy, denoising",
+            "energy_decay0": "energy, weight decay 0", "energy_decay2": "energy, weight decay 0.2",
+            "energy_batch128": "energy, batch of 128", "energy_color": "energy, colorization", "energy_random_small": "energy, small random masks",
+            "respix_uniform": "RESPIX, uniform sampling", "respix_argmax": "RESPIX, the most likely token",
+            "respix_pixels": "RESPIX, target not normalized", "respix_patch": "RESPIX, target normalized by patch",
+            "respix_unshared": "RESPIX, no shared layers", "respix_block": "RESPIX, masks in blocks of 40 %",
+            "respix_mae": "RESPIX, a generator like MAE", "respix_erase": "RESPIX, random erasing"}
+LABELS = {curve: label for curve, (label, _, _) in CURVES.items()} | VARIANTS
 FIGURE = ["energy_sr", "energy_mix", "autoencoder_sr", "mae", "respix", "beit"]
 # The rate with the best probe after two epochs, on the held-back images: see the table of rates.
 BEST_RATE = {"scratch": 0, "mae": 1e-3, "respix": 1e-2, "revdet": 1e-2}
@@ -113,9 +123,9 @@ def plot(points):
 
 
 def table(points):
-    """Mean, half of the range, and in brackets the number of pretraining seeds."""
+    """Mean, half of the range of all values, and in brackets the number of pretraining seeds."""
     all_doses = sorted({crops for doses in points.values() for crops in doses})
-    order = [*CURVES, *sorted({curve for curve, _, _ in points} - set(CURVES))]
+    order = list(LABELS)
     for measure, title in MEASURES.items():
         rows = sorted({(curve, lr) for curve, lr, name in points if name == measure},
                       key=lambda row: (order.index(row[0]), row[1]))
@@ -128,32 +138,39 @@ def table(points):
             for crops in all_doses:
                 seeds = points[curve, lr, measure].get(crops)
                 values = flat(seeds) if seeds else []
-                cells.append(f"{np.mean(values):.1f} ± {np.ptp(values) / 2:.1f} ({len(seeds)})" if values else "")
-            print(f"| {CURVES.get(curve, (curve,))[0]}{f', rate {lr:g}' if lr else ''} | " + " | ".join(cells) + " |")
+                spread = f" ± {np.ptp(values) / 2:.1f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.1f}{spread} ({len(seeds)})" if values else "")
+            print(f"| {LABELS[curve]}{f', rate {lr:g}' if lr else ''} | " + " | ".join(cells) + " |")
 
 
 def claims(points):
     """Compares the seeds' means at the length with the most seeds for both curves, up to three; if tied, the longest.
 
-    A claim "holds" if the worst seed of one curve is better than the best of the other: by chance alone, three
-    against three seeds fall so once in twenty.
+    The standard deviation between seeds is pooled over all points of a measure that have several. A claim "holds" if
+    the difference is larger than three standard errors of it.
     """
     for measure in ("few2", "probe"):
+        means = {(curve, lr, crops): [np.mean(values) for values in seeds.values()]
+                 for (curve, lr, name), doses in points.items() if name == measure for crops, seeds in doses.items()}
+        squares = sum(len(values) * np.var(values) for values in means.values())
+        deviation = np.sqrt(squares / sum(len(values) - 1 for values in means.values()))
         print(f"\n| {MEASURES[measure]} | crops | seeds | | against | difference | |\n" + "|---" * 7 + "|")
         for claim, better, worse in CLAIMS:
-            doses = [points.get((curve, best_rate(curve), measure), {}) for curve in (better, worse)]
-            if worse == "scratch_resnet":
-                doses[1] = dict.fromkeys(doses[0], doses[1].get(0, {}))
-            shared = [(min(3, *(len(dose[crops]) for dose in doses)), crops)
-                      for crops in set(doses[0]) & set(doses[1])]
-            seeds, crops = max(shared, default=(0, 0))
+            pairs = []
+            for curve, lr, crops in means:
+                if (curve, lr) == (better, best_rate(better)):
+                    a = means[curve, lr, crops]
+                    b = means.get((worse, best_rate(worse), 0 if worse.startswith("scratch") else crops), [])
+                    pairs.append((min(3, len(a), len(b)), crops, a, b))
+            seeds, crops, a, b = max(pairs, default=(0, 0, [], []))
             if seeds < 2:
                 continue
-            a, b = ([np.mean(values) for values in dose[crops].values()] for dose in doses)
-            verdict = ("holds" if min(a) > max(b) else "does not hold: the other way round" if max(a) < min(b)
-                       else "within seed noise")
-            print(f"| {claim} | {crops:,} | {seeds} | {np.mean(a):.1f} ({min(a):.1f} to {max(a):.1f}) | "
-                  f"{np.mean(b):.1f} ({min(b):.1f} to {max(b):.1f}) | {np.mean(a) - np.mean(b):+.1f} | {verdict} |")
+            difference, error = np.mean(a) - np.mean(b), deviation * np.sqrt(1 / len(a) + 1 / len(b))
+            verdict = ("holds" if difference > 3 * error else "does not hold: the other way round"
+                       if difference < -3 * error else "within seed noise")
+            print(f"| {claim} | {crops:,} | {len(a)}, {len(b)} | {np.mean(a):.1f} | {np.mean(b):.1f} | "
+                  f"{difference:+.1f} ± {error:.1f} | {verdict} |")
+        print(f"\nStandard deviation between pretraining seeds: {deviation:.2f} points.")
 
 
 if __name__ == "__main__":
