@@ -68,6 +68,7 @@ case $curve in                                                        # command,
     respix_pixels)   command="$cim $vit --target none" best=1e-2 ;;
     respix_patch)    command="$cim $vit --target patch" best=1e-2 ;;
     respix_unshared) command="$cim $vit --share 0" best=1e-2 ;;
+    respix_depth2)   command="$cim $vit --gen_depth 2" best=1e-2 ;;
     respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
     respix_mae)      command="cim_pretrain.py $vit --generator mae" best=1e-2 ;;
     respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
