@@ -72,9 +72,9 @@ case $curve in                                                        # command,
     respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
     respix_mae)      command="cim_pretrain.py $vit --generator mae" best=1e-2 ;;
     respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
-    respix_resnet)   command="$cim $resnet" best=1e-2 ;;
-    revdet)          command="$cim $vit --objective revdet" best=1e-2 ;;
-    revdet_resnet)   command="$cim $resnet --objective revdet" best=1e-2 ;;
+    respix_resnet)   command="$cim $resnet" best=3e-3 ;;
+    revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
+    revdet_resnet)   command="$cim $resnet --objective revdet" best=3e-3 ;;
     beit)            command="$cim $vit --objective none" best=3e-3 ;;
     *) echo "unknown curve $curve"; exit 1 ;;
 esac
