@@ -74,7 +74,7 @@ case $curve in                                                        # command,
     respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
     respix_resnet)   command="$cim $resnet" best=3e-3 ;;
     revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
-    revdet_resnet)   command="$cim $resnet --objective revdet" best=3e-3 ;;
+    revdet_resnet)   command="$cim $resnet --objective revdet" best=1e-3 ;;
     beit)            command="$cim $vit --objective none" best=3e-3 ;;
     *) echo "unknown curve $curve"; exit 1 ;;
 esac
