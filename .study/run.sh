@@ -60,6 +60,7 @@ case $curve in                                                        # command,
     energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
     energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
     autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
+    autoencoder_decay0) command="$autoencoder --corrupt sr --sr_scale 4 --weight_decay 0" best=3e-3 ;;
     autoencoder_*)   command="$autoencoder --sr_scale 4 --corrupt ${curve#autoencoder_}" best=3e-3 ;;
     mae)             command="$autoencoder --corrupt grid" best=1e-3 ;;
     respix)          command="$cim $vit" best=1e-2 ;;
