@@ -78,7 +78,7 @@ CLAIMS = [
     ("CIM, Table 7: sampling from the generator is better than uniform sampling", "respix", "respix_uniform"),
     ("CIM, Table 7: sampling is better than the most likely token", "respix", "respix_argmax"),
     ("CIM, Table 10: tokens are better than a generator that paints like MAE", "respix", "respix_mae"),
-    ("CIM, section 3.3: a generator is better than erasing", "respix", "respix_erase"),
+    ("CIM, section 3.3, which takes a ResNet: a generator is better than erasing", "respix", "respix_erase"),
 ]
 
 
