@@ -18,35 +18,23 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CROPS = 45_000                                                        # of an epoch
 MEASURES = {"few2": "fine-tuned on 1,000 labels", "few10": "fine-tuned on 4,500 labels",
             "probe": "ridge regression on frozen features, 5,000 labels"}
-CURVES = {"scratch": ("no pretraining", "tab:purple", "-"),
-          "scratch_resnet": ("ResNet: no pretraining", "tab:purple", "--"),
-          "energy_sr": ("energy, super-resolution 4x", "tab:red", "-"),
-          "energy_sr8": ("energy, super-resolution 8x", "tab:red", ":"),
-          "energy_mix": ("energy, mix", "tab:orange", "-"),
-          "energy_mix8": ("energy, mix with 8x", "tab:orange", ":"),
-          "energy_grid": ("energy, grid mask", "tab:brown", "-"),
-          "autoencoder_sr": ("autoencoder, super-resolution 4x", "tab:gray", "-"),
-          "autoencoder_sr8": ("autoencoder, super-resolution 8x", "tab:gray", ":"),
-          "autoencoder_mix": ("autoencoder, mix", "tab:olive", "-"),
-          "mae": ("MAE", "black", "-"),
-          "respix": ("CIM, RESPIX", "tab:blue", "-"), "revdet": ("CIM, REVDET", "tab:cyan", "-"),
-          "beit": ("BEiT alone", "tab:green", "-"),
-          "energy_resnet": ("ResNet: energy", "tab:red", "--"),
-          "respix_resnet": ("ResNet: RESPIX", "tab:blue", "--"),
-          "revdet_resnet": ("ResNet: REVDET", "tab:cyan", "--")}
-VARIANTS = {"energy_n0": "energy, N = 0", "energy_n2": "energy, N = 2", "energy_cls": "energy, of the class token",
-            "energy_alpha": "energy, predicted step size", "energy_denoise": "energy, denoising",
-            "energy_decay0": "energy, weight decay 0", "energy_decay2": "energy, weight decay 0.2",
-            "energy_batch128": "energy, batch of 128", "energy_color": "energy, colorization",
-            "energy_random_small": "energy, small random masks",
-            "autoencoder_decay0": "autoencoder, weight decay 0",
-            "respix_uniform": "RESPIX, uniform sampling", "respix_argmax": "RESPIX, the most likely token",
-            "respix_pixels": "RESPIX, target not normalized", "respix_patch": "RESPIX, target normalized by patch",
-            "respix_unshared": "RESPIX, no shared layers", "respix_depth2": "RESPIX, generator of half the depth",
-            "respix_block": "RESPIX, masks in blocks of 40 %",
-            "respix_mae": "RESPIX, a generator like MAE", "respix_erase": "RESPIX, random erasing"}
-LABELS = {curve: label for curve, (label, _, _) in CURVES.items()} | VARIANTS
-FIGURE = ["energy_sr", "energy_mix", "autoencoder_sr", "mae", "respix", "beit"]
+LABELS = {"scratch": "no pretraining", "scratch_resnet": "ResNet: no pretraining",
+          "energy_sr": "energy, super-resolution 4x", "energy_sr8": "energy, super-resolution 8x",
+          "energy_mix": "energy, mix", "energy_mix8": "energy, mix with 8x", "energy_grid": "energy, grid mask",
+          "autoencoder_sr": "autoencoder, super-resolution 4x", "autoencoder_sr8": "autoencoder, super-resolution 8x",
+          "autoencoder_mix": "autoencoder, mix", "mae": "MAE", "respix": "CIM, RESPIX", "revdet": "CIM, REVDET",
+          "beit": "BEiT alone", "energy_resnet": "ResNet: energy", "respix_resnet": "ResNet: RESPIX",
+          "revdet_resnet": "ResNet: REVDET", "energy_n0": "energy, N = 0", "energy_n2": "energy, N = 2",
+          "energy_cls": "energy, of the class token", "energy_alpha": "energy, predicted step size",
+          "energy_denoise": "energy, denoising", "energy_color": "energy, colorization",
+          "energy_random_small": "energy, small random masks", "autoencoder_decay0": "autoencoder, weight decay 0",
+          "respix_uniform": "RESPIX, uniform sampling", "respix_argmax": "RESPIX, the most likely token",
+          "respix_pixels": "RESPIX, target not normalized", "respix_patch": "RESPIX, target normalized by patch",
+          "respix_unshared": "RESPIX, no shared layers", "respix_depth2": "RESPIX, generator of half the depth",
+          "respix_block": "RESPIX, masks in blocks of 40 %", "respix_mae": "RESPIX, a generator like MAE",
+          "respix_erase": "RESPIX, random erasing"}
+FIGURE = {"energy_sr": "tab:red", "energy_mix": "tab:orange", "autoencoder_sr": "tab:gray", "mae": "black",
+          "respix": "tab:blue", "beit": "tab:green"}
 # The rate with the best probe after two epochs, on the held-back images: see the table of rates.
 BEST_RATE = {curve: 1e-2 if curve.startswith("respix") else 3e-3 for curve in LABELS}
 BEST_RATE |= {"scratch": 0, "scratch_resnet": 0, "mae": 1e-3, "respix_resnet": 3e-3, "revdet_resnet": 1e-3}
@@ -101,14 +89,13 @@ def plot(points):
     measures = [name for name in MEASURES if any(measure == name for _, _, measure in points)]
     figure, axes = plt.subplots(1, len(measures), figsize=(4.6 * len(measures), 4), layout="constrained")
     for axis, measure in zip(np.atleast_1d(axes), measures):
-        for curve in FIGURE:
-            label, color, style = CURVES[curve]
+        for curve, color in FIGURE.items():
             doses = points.get((curve, BEST_RATE[curve], measure))
             if not doses:
                 continue
             doses = {CROPS / 4: points["scratch", 0, measure][0]} | dict(sorted(doses.items()))
             values = [flat(seeds) for seeds in doses.values()]
-            axis.plot(list(doses), [np.mean(top1) for top1 in values], style, color=color, label=label, marker="o",
+            axis.plot(list(doses), [np.mean(top1) for top1 in values], color=color, label=LABELS[curve], marker="o",
                       markersize=3)
             axis.fill_between(list(doses), [min(top1) for top1 in values], [max(top1) for top1 in values],
                               color=color, alpha=0.07, linewidth=0)
@@ -160,11 +147,10 @@ def claims(points):
         print(f"\n| {MEASURES[measure]} | crops | seeds | | against | difference | |\n" + "|---" * 7 + "|")
         for claim, better, worse in CLAIMS:
             pairs = []
-            for curve, lr, crops in means:
-                if (curve, lr) == (better, BEST_RATE[better]):
-                    a = means[curve, lr, crops]
-                    b = means.get((worse, BEST_RATE[worse], 0 if worse.startswith("scratch") else crops), [])
-                    pairs.append((min(3, len(a), len(b)), crops, a, b))
+            for crops in points.get((better, BEST_RATE[better], measure), {}):
+                a = means[better, BEST_RATE[better], crops]
+                b = means.get((worse, BEST_RATE[worse], 0 if worse.startswith("scratch") else crops), [])
+                pairs.append((min(3, len(a), len(b)), crops, a, b))
             seeds, crops, a, b = max(pairs, default=(0, 0, [], []))
             if seeds < 2:
                 continue

@@ -39,7 +39,7 @@ PY
     exit
 fi
 
-curve=$1 epochs=$2 seed=$3 lr=${4:-} batch=32
+curve=$1 epochs=$2 seed=$3 lr=${4:-}
 vit="--model vit_nano --img_size 32 --patch_size 8"
 resnet="--model resnet_nano --img_size 32 --patch_size 8"
 energy="energy_pretrain.py $vit --energy_steps 1"
@@ -54,9 +54,6 @@ case $curve in                                                        # command,
     energy_n0)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 0" best=3e-3 ;;
     energy_n2)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 2" best=3e-3 ;;
     energy_alpha)    command="$energy --corrupt sr --sr_scale 4 --alpha predicted" best=3e-3 ;;
-    energy_decay0)   command="$energy --corrupt sr --sr_scale 4 --weight_decay 0" best=3e-3 ;;
-    energy_decay2)   command="$energy --corrupt sr --sr_scale 4 --weight_decay 0.2" best=3e-3 ;;
-    energy_batch128) command="$energy --corrupt sr --sr_scale 4" best=3e-3 batch=128 ;;
     energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
     energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
     autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
@@ -97,7 +94,7 @@ if [ -n "$command" ]; then
             --max_steps 1 --num_workers 0 --output_dir $work/tokenizer > $work/tokenizer.log
     fi
     if [ ! -f $run/done ]; then
-        $python $command --data $data --batch_size $batch --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
+        $python $command --data $data --batch_size 32 --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
             $compile --output_dir $run --resume > $run.log
         touch $run/done
     fi
