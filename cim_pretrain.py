@@ -26,7 +26,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
@@ -141,9 +141,6 @@ def parse_args():
     if args.img_size % stride or stride % args.patch_size:
         p.error(f"{args.model} has stride {stride}: it must divide --img_size {args.img_size} "
                 f"and be a multiple of --patch_size {args.patch_size}")
-    parts = args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
-    if args.model.startswith("resnet") and args.batch_size <= parts:
-        p.error("a ResNet's BatchNorm needs at least two images at a time: raise --batch_size")
     return args
 
 
@@ -320,7 +317,7 @@ def normalize_target(images, target, patch_size):
 
 
 # ---------------------------------------------------------------- the tokenizer
-# Any frozen module with `stride`, `encode`, `decode` and config["codes"]: DALL-E's dVAE, VQGAN, a small dVAE.
+# Any frozen module with `stride`, `codes`, `encode` and `decode`: DALL-E's dVAE, VQGAN, a small dVAE.
 
 def resize(images, size):
     """(B, 3, H, W) in [0, 1] -> (B, 3, size, size). Decision: bicubic (BEiT's code: Lanczos)."""
@@ -436,12 +433,11 @@ def read_or_train_dvae(args, dataset, val_images):
     else:
         folder = args.tokenizer_dir                                   # None: train a new one
     dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images)
-    content = {"model": dvae.state_dict(), "config": dvae.config}
-    write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, content))
+    write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, {"model": dvae.state_dict()}))
     return dvae.cpu()
 
 
-def load_tokenizer(args, dataset, val_images, device, rank, world):
+def load_tokenizer(args, dataset, val_images, device):
     """-> the frozen tokenizer on the device; None if the generator needs no tokenizer."""
     if args.tokenizer is None:
         return None
@@ -551,19 +547,16 @@ def start_log(args, model, config, tokenizer, images, num_images, world, dtype, 
         line["tokenizer_psnr"] = round(psnr(restored, images), 2)
         line["codes_used"] = len(tokens.unique())
         print(f"tokenizer {args.tokenizer}: {line['tokenizer_psnr']} dB, {line['codes_used']} of "
-              f"{tokenizer.config['codes']} codes in use on {len(images)} held-out images", flush=True)
+              f"{tokenizer.codes} codes in use on {len(images)} held-out images", flush=True)
     write_log(args.output_dir, vars(args) | line | {"start_step": step})
 
 
 def area_under_curve(scores, labels):
     """AUC: how often a positive (label True) scores above a negative; ties count half."""
-    # On the CPU: Apple's GPUs have no float64.
-    scores = scores.cpu()
-    labels = labels.cpu()
     positive = scores[labels]
     negative = scores[~labels].sort().values
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
-    return (below.double().mean() / (2 * len(negative))).item()
+    return below.float().mean().item() / (2 * len(negative))
 
 
 @torch.no_grad()
@@ -691,7 +684,10 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
+    """-> function(*args), called in each process, or with first_only in the first one, whose result all get.
+
+    If it fails in one process, all raise that error.
+    """
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -812,21 +808,17 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (data.BadInput, OSError, torch.OutOfMemoryError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+            time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
-        message = message[-1].removeprefix("data.BadInput: ")
+        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
-            sys.exit(1)
-        if "DataLoader worker" not in message:
+        if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)         # if the machine's first process has this error too, it ends this one meanwhile
-    sys.exit(f"error: {message}")
+        sys.exit(1)                                                   # another process ended and said why
 
 
 # ---------------------------------------------------------------- the loop
@@ -841,8 +833,8 @@ def main():
     loader, val_images = together(data.pretraining_data, args, (0.08, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
-    codes = tokenizer.config["codes"] if tokenizer else None
+    tokenizer = load_tokenizer(args, loader.dataset, val_images, device)
+    codes = tokenizer.codes if tokenizer else None
     torch.manual_seed(args.seed)
     model, config = together(build_model, args, codes)
     model = model.to(device, memory_format=torch.channels_last)
@@ -886,12 +878,11 @@ def main():
             for i in range(args.accum_steps):
                 images = next(batches)[0].to(device, non_blocking=device.type == "cuda")  # pinned
                 mask = draw_mask(len(images), args, device)
-                is_last = i == args.accum_steps - 1
-                with nullcontext() if is_last or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss = ddp(images, mask, tokenizer)
-                    loss = loss / args.accum_steps
-                    scaler.scale(loss).backward()
+                # DDP averages the gradients only after the last part of a batch.
+                ddp.require_backward_grad_sync = i == args.accum_steps - 1
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss = ddp(images, mask, tokenizer) / args.accum_steps
+                scaler.scale(loss).backward()
                 epoch_loss += loss.detach()
             if args.clip_grad:
                 scaler.unscale_(optimizer)

@@ -8,7 +8,6 @@ import colorsys
 import math
 import os
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,8 +90,6 @@ class Shapes(Dataset):
 
 def open_image(path, formats=FORMATS):
     """-> PIL image, turned upright by its EXIF tag. Raises BadInput, which names a broken file."""
-    if not os.path.isfile(path):                                     # opening a FIFO could wait forever
-        raise BadInput(f"the image {path} is missing or not a regular file: remove it from the data")
     try:
         with Image.open(path, formats=formats) as image:
             image.load()
@@ -133,24 +130,14 @@ class Images(Dataset):
 
 
 def find_images(folder):
-    """-> sorted paths of all image files below the folder. Links are followed, each folder once."""
+    """-> sorted paths of all image files below the folder. Links are followed."""
     def stop(error):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror}): "
                        "make it readable or move it out of the data")
 
-    # Two links to one folder must not count its images twice, and a link to a folder above is a loop.
-    visited = set(Path(folder).resolve().parents)
-    paths = []
-    for root, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
-        subfolders.sort()                                            # the same order on every machine
-        real_root = Path(root).resolve()
-        if real_root in visited:
-            subfolders.clear()                                       # os.walk then goes no deeper
-        else:
-            visited.add(real_root)
-            paths += [os.path.join(root, name) for name in names
-                      if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
-    return sorted(paths)
+    return sorted(os.path.join(root, name)
+                  for root, _, names in os.walk(folder, followlinks=True, onerror=stop)
+                  for name in names if torchvision.datasets.folder.is_image_file(name))
 
 
 def cifar10(train=True):
@@ -386,12 +373,10 @@ def pretraining_data(args, crop_scale, rank, world):
     train_set = unlabelled_dataset(args.data, True, args.img_size)
     val_set = unlabelled_dataset(args.data, False, args.img_size)
     parts = world * args.accum_steps
-    if args.batch_size % parts:
-        raise BadInput(f"--batch_size {args.batch_size} is not a multiple of {world} processes x "
-                       f"{args.accum_steps} --accum_steps: change one of them")
-    if len(train_set) < args.batch_size:
-        raise BadInput(f"--data {args.data} has {len(train_set)} training images, fewer than "
-                       f"--batch_size {args.batch_size}: lower it")
+    if args.batch_size % parts or args.batch_size > len(train_set):
+        raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
+                       f"{args.accum_steps} --accum_steps, and at most the {len(train_set)} training images "
+                       f"of --data {args.data}")
     crops = Transformed(train_set, pretrain_transform(args.img_size, crop_scale), args.seed)
     sampler = EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // parts, drop_last=True,

@@ -22,7 +22,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
@@ -114,7 +114,7 @@ def parse_args():
                 "choose a ViT, and --patch_size 3 or more")
     args.output_dir = args.output_dir or f"runs/{args.method}_{args.model}"
     if args.energy_steps is None:
-        args.energy_steps = 2 if is_energy else 1
+        args.energy_steps = 2 if is_energy else 1                     # an autoencoder restores in one pass
     args.mask_cell = args.mask_cell or args.patch_size
     args.sr_scale = args.sr_scale or args.patch_size
     args.lr = args.lr or 1e-4 * args.batch_size / 256
@@ -279,19 +279,14 @@ class AutoEncoder(nn.Module):
 
 def corrupt_pixels(images, generator, task, args):
     """Normalised images (B, 3, H, W) -> the same, corrupted by `task` (secs. 4.1, 4.2)."""
-    if task == "grid":
-        return data.mask_grid(images, generator, args.mask_cell, args.mask_ratio)
-    if task == "random_small":
-        return data.mask_random(images, generator, count=75, area=(0.01, 0.025))
-    if task == "random_large":
-        return data.mask_random(images, generator, count=25, area=(0.02, 0.05))
-    if task == "sr":
-        return data.low_resolution(images, generator, args.sr_scale)
-    if task == "denoise":
-        return data.noise(images, generator)
-    if task == "color":
-        return data.gray(images, generator)
-    return data.mix(images, generator, [partial(corrupt_pixels, task=task, args=args) for task in MIX])
+    corruptions = {"grid": partial(data.mask_grid, cell=args.mask_cell, ratio=args.mask_ratio),
+                   "random_small": partial(data.mask_random, count=75, area=(0.01, 0.025)),
+                   "random_large": partial(data.mask_random, count=25, area=(0.02, 0.05)),
+                   "sr": partial(data.low_resolution, scale=args.sr_scale),
+                   "denoise": data.noise,
+                   "color": data.gray}
+    corruptions["mix"] = partial(data.mix, corruptions=[corruptions[name] for name in MIX])
+    return corruptions[task](images, generator)
 
 
 def corrupt_batch(task, images, generator, model, args):
@@ -347,6 +342,9 @@ def build_model(args, images):
     config = {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size,
               "pool": args.pool, "norm": "group"}
     backbone = models.build_model(**config)
+    if args.img_size < backbone.stride:
+        raise data.BadInput(f"--img_size {args.img_size} is too small for {args.model}: give at least "
+                            f"{backbone.stride}, or choose another model")
     if args.method == "energy":
         model = EnergyModel(backbone, args.alpha, args.energy_steps)
     else:
@@ -354,14 +352,8 @@ def build_model(args, images):
         model = AutoEncoder(backbone, visible_only=is_mae, sort=args.corrupt == "sort")
     model = model.to(images.device, memory_format=torch.channels_last)
     generator = torch.Generator(images.device).manual_seed(args.seed)
-    try:
-        batch = corrupt_batch(args.corrupt, images[:8], generator, model, args)
-        unused = calibrate_and_freeze_unused(model, *batch)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise data.BadInput(f"{args.model} cannot take --img_size {args.img_size} "
-                            f"({str(error).splitlines()[0]}): raise it, or choose another model") from None
+    batch = corrupt_batch(args.corrupt, images[:8], generator, model, args)
+    unused = calibrate_and_freeze_unused(model, *batch)
     config |= {"mean": data.MEAN, "std": data.STD, "method": args.method, "objective": args.corrupt}
     return model, config, unused
 
@@ -409,15 +401,6 @@ def evaluate(model, tasks, images, args):
                 error = F.mse_loss(data.denormalize(x), data.denormalize(target)).item()
                 results[f"psnr_{task}_{n}"] = round(-10 * math.log10(max(error, 1e-10)), 2)
     return results
-
-
-def warn_of_collapse(measured, tasks, num_steps):
-    """Prints a warning if the steps no longer change any image."""
-    gains = [measured[f"psnr_{task}_{num_steps}"] - measured[f"psnr_{task}_0"]
-             for task in tasks if task != "sort"]
-    if num_steps and gains and max(map(abs, gains)) < 0.01:
-        print("warning: the restored images equal the corrupted ones, training has collapsed: "
-              "start again with a lower --lr", flush=True)
 
 
 @torch.no_grad()
@@ -510,7 +493,10 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
+    """-> function(*args), called in each process, or with first_only in the first one, whose result all get.
+
+    If it fails in one process, all raise that error.
+    """
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -631,21 +617,17 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (data.BadInput, OSError, torch.OutOfMemoryError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+            time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
-        message = message[-1].removeprefix("data.BadInput: ")
+        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
-            sys.exit(1)
-        if "DataLoader worker" not in message:
+        if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)         # if the machine's first process has this error too, it ends this one meanwhile
-    sys.exit(f"error: {message}")
+        sys.exit(1)                                                   # another process ended and said why
 
 
 # ---------------------------------------------------------------- the loop
@@ -706,12 +688,12 @@ def main():
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):
                     # The N terms share no graph: each runs backward at once; memory does not grow with N.
-                    is_last = i == args.accum_steps - 1 and n == num_terms - 1
-                    with nullcontext() if is_last or world == 1 else ddp.no_sync():
-                        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                            loss, x = ddp(x, target, **context)
-                        loss = loss / (num_terms * args.accum_steps)
-                        scaler.scale(loss).backward()
+                    # DDP averages the gradients in the last one only.
+                    ddp.require_backward_grad_sync = i == args.accum_steps - 1 and n == num_terms - 1
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        loss, x = ddp(x, target, **context)
+                    loss = loss / (num_terms * args.accum_steps)
+                    scaler.scale(loss).backward()
                     epoch_loss += loss.detach()
             if args.clip_grad:
                 scaler.unscale_(optimizer)
@@ -748,10 +730,9 @@ def main():
             if args.method == "energy" and args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
-            warn_of_collapse(measured, tasks, args.energy_steps)
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, tasks,
-                         val_images[::max(1, len(val_images) // 8)], args)
+                         val_images[::max(1, len(val_images) // 8)][:8], args)
             content = {"script": "energy_pretrain", "config": config, "args": vars(args), "step": step,
                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "scaler": scaler.state_dict()}

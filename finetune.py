@@ -23,7 +23,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
@@ -211,7 +211,8 @@ def choose_recipe(args, config):
             recipe["head_norm"] = "none"
 
     if args.task == "classify":
-        # Table 15's 100 epochs train ResNets at 160 pixels and test them at 224. All others have one size.
+        # Table 15's 100 epochs train ResNets at 160 pixels and test them at 224, unless --img_size or the
+        # pretraining sets one size. All others have one.
         size = args.img_size or config.get("img_size", 224)
         if args.img_size or size != 224 or is_vit:
             recipe |= {"img_size": size, "test_size": size}
@@ -389,7 +390,7 @@ class Segmenter(nn.Module):
         h, w = resized.shape[2:]
         total = images.new_zeros(len(images), self.num_classes, h, w)
         num_windows = images.new_zeros(h, w)
-        last = h + w - 2 * size                                       # the last window's offset
+        last = max(h, w) - size               # the last window's offset along the long side
         for offset in torch.linspace(0, last, 1 + math.ceil(1.5 * last / size)).long().tolist():
             y = min(offset, h - size)                                 # one of y and x is 0
             x = min(offset, w - size)
@@ -538,7 +539,7 @@ def build_data_and_model(args, content, weights, device, rank, world):
         raise
     # A file whose settings were altered by hand may raise any of these.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = models.last_line(error)
         if args.eval_only:
             raise data.BadInput(f"--init {args.init} is damaged ({reason}): give another one") from None
         raise data.BadInput(f"{args.model}, --init {args.init}, --img_size {args.img_size}, --patch_size "
@@ -657,7 +658,10 @@ def init_processes(device):
 
 
 def together(function, *args, first_only=False):
-    """Calls function(*args) in all processes, or in the first one for all. If one fails, all raise that."""
+    """-> function(*args), called in each process, or with first_only in the first one, whose result all get.
+
+    If it fails in one process, all raise that error.
+    """
     result = error = None
     try:
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
@@ -778,21 +782,17 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except (data.BadInput, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (data.BadInput, OSError, torch.OutOfMemoryError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
+            time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        message = str(error).strip().splitlines() or ["stopped; --resume continues from the last checkpoint"]
-        message = message[-1].removeprefix("data.BadInput: ")
+        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        if dist.is_initialized() and "onnection" in message:          # another process ended and said why
-            sys.exit(1)
-        if "DataLoader worker" not in message:
+        if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        message += ". Lower --num_workers if memory is short, then --resume"
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-        time.sleep(5)         # if the machine's first process has this error too, it ends this one meanwhile
-    sys.exit(f"error: {message}")
+        sys.exit(1)                                                   # another process ended and said why
 
 
 # ---------------------------------------------------------------- the loop
@@ -863,10 +863,10 @@ def main():
                 batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in next(batches)]
                 images, labels = mix(batch)
                 # DDP averages the gradients only after the last part of a batch.
-                with nullcontext() if i == args.accum_steps - 1 or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss = ddp(images, labels) / args.accum_steps
-                    scaler.scale(loss).backward()
+                ddp.require_backward_grad_sync = i == args.accum_steps - 1
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss = ddp(images, labels) / args.accum_steps
+                scaler.scale(loss).backward()
                 epoch_loss += loss.detach()
             if args.clip_grad:
                 scaler.unscale_(optimizer)

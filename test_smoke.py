@@ -1,7 +1,7 @@
 """The tests. They need no network, no GPU and no files but this folder's.
 
     python -m pytest -q             # the fast ones, less than a minute on two CPU cores
-    SLOW=1 python -m pytest -q      # the slow ones instead: they compile, start several processes or kill one
+    SLOW=1 python -m pytest -q      # the slow ones too: they compile, start several processes or kill one
 
 All run in one temporary folder, where flags may name images, masked, and the fixtures' folders.
 """
@@ -33,8 +33,7 @@ import energy_pretrain as ENERGY
 import finetune as FINE
 import models
 
-SLOW = bool(os.environ.get("SLOW"))
-slow = pytest.mark.skipif(not SLOW, reason="SLOW=1 runs it")
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it")
 VIT = ["--model", "vit_nano", "--img_size", 16, "--patch_size", 4]
 RESNET = ["--model", "resnet_nano"]
 SEGMENT = ["--data", "masked", "--task", "segment", "--num_classes", 3, "--img_size", 16]
@@ -45,10 +44,7 @@ FLAGS = {ENERGY: [*COMMON, *VIT], CIM: [*COMMON, *VIT, "--tokenizer_steps", 3], 
 
 
 @pytest.fixture(autouse=True)
-def one_of_two_sets(request):
-    """Seeds the test, or skips it: with SLOW=1 the fast ones, without it the slow ones (by their mark)."""
-    if SLOW and not request.node.get_closest_marker("skipif"):
-        pytest.skip("fast")
+def fixed_seed():
     torch.manual_seed(0)
 
 
@@ -169,17 +165,6 @@ def test_unlabelled_folders_hold_images_out(tmp_path):
     assert data.fixed_images(train, 8, count=5).shape == (5, 3, 8, 8)
 
 
-def test_links_do_not_multiply_images(tmp_path):
-    save_images(tmp_path / "train/a", 2)
-    save_images(tmp_path / "train/b", 3)
-    shutil.copytree(tmp_path / "train", tmp_path / "val")
-    for link, folder in (("above", tmp_path / "train"), ("link_1", "../../val"), ("link_2", "../../val")):
-        (tmp_path / "train/a" / link).symlink_to(folder)
-    paths = data.find_images(tmp_path / "train")
-    assert len(paths) == 10
-    assert paths[2] == f"{tmp_path}/train/a/link_1/a/000.png"
-
-
 TURN = Image.Exif()
 TURN[0x0112] = 6                                                      # "turn by 90 degrees"
 
@@ -196,13 +181,9 @@ def test_images_become_rgb(name, image, options, expected, tmp_path):
     assert np.array(data.read_rgb(tmp_path / name))[0].tolist() == [[value] * 3 for value in expected]
 
 
-@pytest.mark.parametrize("kind", ["EPS", "FIFO"])
-def test_hostile_images_end_in_a_sentence(kind, tmp_path, monkeypatch):
+def test_hostile_images_end_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("started Ghostscript"))
-    if kind == "EPS":
-        Image.new("RGB", (20, 20)).save(tmp_path / "x.jpg", format="EPS")
-    else:
-        os.mkfifo(tmp_path / "x.jpg")
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.jpg", format="EPS")
     with pytest.raises(data.BadInput, match="x.jpg") as error:
         data.read_rgb(tmp_path / "x.jpg")
     assert "\n" not in str(error.value)
@@ -302,7 +283,7 @@ def test_mask_random():
     assert one.mean().item() == pytest.approx(0.0175, rel=0.1)
     assert 0.4 < (height / width).min() < (height / width).max() < 2.5
     for task, covered in (("random_small", 0.68), ("random_large", 0.54)):
-        mask = ENERGY.corrupt_pixels(images, torch.Generator(), task, None) == 0
+        mask = ENERGY.corrupt_pixels(images, torch.Generator(), task, parse(ENERGY)) == 0
         assert mask.float().mean().item() == pytest.approx(covered, abs=0.03)
 
 
@@ -424,16 +405,16 @@ def test_position_embeddings_of_another_size():
 @pytest.mark.parametrize("changes,result", [
     ({"mask_token": torch.zeros(1), "decoder.bias": torch.zeros(1)}, ["mask_token", "decoder.bias"]),
     ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": torch.ones(16)}, ["fc_norm.weight"]),
-    ({"norm.weight": None}, "no norm.weight"),
-    ({"surprise": torch.zeros(1)}, "has surprise"),
-    ({"cls_token": torch.zeros(1, 1, 8)}, r"cls_token of shape \(1, 1, 8\), not \(1, 1, 16\)"),
+    ({"norm.weight": None}, "Missing.*norm.weight"),
+    ({"surprise": torch.zeros(1)}, "Unexpected.*surprise"),
+    ({"cls_token": torch.zeros(1, 1, 8)}, "mismatch for cls_token"),
     ({"norm.bias": torch.full((16,), torch.nan)}, "NaN in norm.bias")], ids=str)
 def test_load_weights_accounts_for_every_key(changes, result):
     state = tiny_vit().state_dict() | changes
     if isinstance(result, list):
         assert models.load_weights(tiny_vit(), state) == result
     else:
-        with pytest.raises(ValueError, match=result):
+        with pytest.raises((RuntimeError, ValueError), match=result):
             models.load_weights(tiny_vit(), state)
 
 
@@ -472,7 +453,7 @@ def test_dalle_equals_slow_formulas(zip_format, tmp_path):
     for path in paths:                                                # whole modules, as the published files
         torch.save(getattr(start, path.stem), path, _use_new_zipfile_serialization=zip_format)
     dvae = models.load_dalle(*paths)
-    assert dvae.config == start.config
+    assert different(start.state_dict(), dvae.state_dict()) == []
     assert len(tokens.unique()) > 4
     assert torch.equal(dvae.encode(images), tokens)
     assert_close(dvae.decode(tokens), restored)                       # a lookup, upsampling after the 1x1
@@ -496,61 +477,53 @@ def test_tokenizers_have_the_sizes_of_the_published_ones():
         assert (len(sizes), sum(sizes)) == (tensors, numbers)
 
 
-class SlowVQGAN:
+def slow_vqgan(weights, images):
     """The formulas of taming-transformers for three levels of one block, the last one with attention."""
+    def conv(x, name, **options):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
 
-    def __init__(self, weights):
-        self.weights = weights
+    def norm(x, name):
+        return F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
 
-    def conv(self, x, name, **options):
-        return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **options)
+    def swish_conv(x, norm_name, conv_name):
+        return conv(F.silu(norm(x, norm_name)), conv_name, padding=1)
 
-    def norm(self, x, name):
-        return F.group_norm(x, 32, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps=1e-6)
-
-    def swish_conv(self, x, norm, conv):
-        x = self.norm(x, norm)
-        return self.conv(x * x.sigmoid(), conv, padding=1)
-
-    def block(self, x, name):
-        y = self.swish_conv(x, f"{name}.norm1", f"{name}.conv1")
-        y = self.swish_conv(y, f"{name}.norm2", f"{name}.conv2")
-        if f"{name}.nin_shortcut.weight" in self.weights:
-            x = self.conv(x, f"{name}.nin_shortcut")
+    def block(x, name):
+        y = swish_conv(x, f"{name}.norm1", f"{name}.conv1")
+        y = swish_conv(y, f"{name}.norm2", f"{name}.conv2")
+        if f"{name}.nin_shortcut.weight" in weights:
+            x = conv(x, f"{name}.nin_shortcut")
         return x + y
 
-    def attention(self, x, name):
-        q, k, v = (self.conv(self.norm(x, f"{name}.norm"), f"{name}.{part}").flatten(2) for part in "qkv")
+    def attention(x, name):
+        q, k, v = (conv(norm(x, f"{name}.norm"), f"{name}.{part}").flatten(2) for part in "qkv")
         scores = torch.einsum("bci,bcj->bij", q, k) / math.sqrt(q.shape[1])
         y = torch.einsum("bij,bcj->bci", scores.softmax(dim=2), v)
-        return x + self.conv(y.view_as(x), f"{name}.proj_out")
+        return x + conv(y.view_as(x), f"{name}.proj_out")
 
-    def middle(self, x, name):
-        x = self.attention(self.block(x, f"{name}.block_1"), f"{name}.attn_1")
-        return self.block(x, f"{name}.block_2")
+    def middle(x, name):
+        x = attention(block(x, f"{name}.block_1"), f"{name}.attn_1")
+        return block(x, f"{name}.block_2")
 
-    def encode(self, images):
-        x = self.conv(2 * images - 1, "encoder.conv_in", padding=1)
-        for i in (0, 1):
-            x = self.block(x, f"encoder.down.{i}.block.0")            # below: padded on the right and below
-            x = self.conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{i}.downsample.conv", stride=2)
-        x = self.attention(self.block(x, "encoder.down.2.block.0"), "encoder.down.2.attn.0")
-        x = self.swish_conv(self.middle(x, "encoder.mid"), "encoder.norm_out", "encoder.conv_out")
-        codebook = self.weights["quantize.embedding.weight"][:, :, None, None]
-        gaps = self.conv(x, "quant_conv")[:, None] - codebook         # (B, codes, embed_dim, h, w)
-        return gaps.square().sum(dim=2).argmin(dim=1)
+    x = conv(2 * images - 1, "encoder.conv_in", padding=1)
+    for i in (0, 1):
+        x = block(x, f"encoder.down.{i}.block.0")                     # below: padded on the right and below
+        x = conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{i}.downsample.conv", stride=2)
+    x = middle(attention(block(x, "encoder.down.2.block.0"), "encoder.down.2.attn.0"), "encoder.mid")
+    x = conv(swish_conv(x, "encoder.norm_out", "encoder.conv_out"), "quant_conv")
+    codebook = weights["quantize.embedding.weight"]
+    gaps = x[:, None] - codebook[:, :, None, None]                    # (B, codes, embed_dim, h, w)
+    tokens = gaps.square().sum(dim=2).argmin(dim=1)
 
-    def decode(self, tokens):
-        x = self.weights["quantize.embedding.weight"][tokens].permute(0, 3, 1, 2)
-        x = self.conv(self.conv(x, "post_quant_conv"), "decoder.conv_in", padding=1)
-        x = self.middle(x, "decoder.mid")
-        for i in (2, 1, 0):
-            for j in (0, 1):
-                x = self.block(x, f"decoder.up.{i}.block.{j}")
-                x = self.attention(x, f"decoder.up.2.attn.{j}") if i == 2 else x
-            if i > 0:
-                x = self.conv(F.interpolate(x, scale_factor=2), f"decoder.up.{i}.upsample.conv", padding=1)
-        return (0.5 + 0.5 * self.swish_conv(x, "decoder.norm_out", "decoder.conv_out")).clamp(0, 1)
+    x = conv(conv(codebook[tokens].permute(0, 3, 1, 2), "post_quant_conv"), "decoder.conv_in", padding=1)
+    x = middle(x, "decoder.mid")
+    for i in (2, 1, 0):
+        for j in (0, 1):
+            x = block(x, f"decoder.up.{i}.block.{j}")
+            x = attention(x, f"decoder.up.2.attn.{j}") if i == 2 else x
+        if i > 0:
+            x = conv(F.interpolate(x, scale_factor=2), f"decoder.up.{i}.upsample.conv", padding=1)
+    return tokens, (0.5 + 0.5 * swish_conv(x, "decoder.norm_out", "decoder.conv_out")).clamp(0, 1)
 
 
 def test_vqgan_equals_slow_formulas(tmp_path, monkeypatch):
@@ -567,12 +540,11 @@ def test_vqgan_equals_slow_formulas(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "pytorch_lightning", argparse.Namespace(ModelCheckpoint=ModelCheckpoint))
         torch.save(content, tmp_path / "vqgan.ckpt")
     vqgan = models.load_vqgan(tmp_path / "vqgan.ckpt")
-    assert (vqgan.config, vqgan.stride) == (sizes, 4)
+    assert (vqgan.codes, vqgan.stride) == (50, 4)
     images = torch.rand(2, 3, 32, 48)
-    tokens = vqgan.encode(images)
-    restored = vqgan.decode(tokens)
-    assert torch.equal(tokens, SlowVQGAN(weights).encode(images))
-    assert_close(restored, SlowVQGAN(weights).decode(tokens), rtol=1e-3, atol=1e-4)
+    tokens, restored = slow_vqgan(weights, images)
+    assert torch.equal(vqgan.encode(images), tokens)
+    assert_close(vqgan.decode(tokens), restored, rtol=1e-3, atol=1e-4)
     assert len(tokens.unique()) > 5
     assert ((restored > 0) & (restored < 1)).float().mean() > 0.1
 
@@ -628,7 +600,7 @@ def old_pickle(pickled):
 @pytest.mark.parametrize("reader", [models.read_tensors, models.load_weights_file])
 @pytest.mark.parametrize("content,problem", [
     ("nothing", "missing"), (b"", ""), (b"<html>", "web page"), ("half", "truncated"),
-    ("folder", "regular"), ("script", "TorchScript"), ("tar", " tar"),
+    ("folder", "directory"), ("script", "TorchScript"), ("tar", " tar"),
     ("reduce", ""), ("old reduce", ""),
     (old_pickle(b"ctorch.nn\nModule\n(N}S'harm'\nI01\nstb."), ""),                 # state of a class
     (old_pickle(b"ctorch._utils\n_rebuild_tensor_v2\n(N}S'__defaults__'\n(I1\ntstb."), ""),  # a function's
@@ -640,9 +612,6 @@ def test_files_from_strangers_run_nothing(reader, content, problem, tmp_path, mo
     (tmp_path / "victim").touch(0o600)
     write_stranger(content)
     files = os.listdir()
-    if content == "script":
-        torch.load("x.pt", weights_only=False)
-        assert "its code ran" in capfd.readouterr().out
     with pytest.raises(ValueError, match=f"x.pt.*{problem}"):
         reader("x.pt")
     assert os.listdir() == files
@@ -650,18 +619,6 @@ def test_files_from_strangers_run_nothing(reader, content, problem, tmp_path, mo
     assert "its code ran" not in capfd.readouterr().out
     assert not hasattr(models.StandIn, "harm")
     assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
-
-
-def test_modules_in_modules(tmp_path):
-    """2 ** 60 ways lead through modules that contain themselves."""
-    module = last = nn.Module()
-    module.w = nn.Parameter(torch.ones(2))
-    for _ in range(60):
-        last._modules = dict.fromkeys("ab", nn.Module())
-        last = last._modules["a"]
-    last._modules = {"a": module}
-    torch.save(module, tmp_path / "m.pkl")
-    assert list(models.read_tensors(tmp_path / "m.pkl")) == ["w"]
 
 
 # ---------------------------------------------------------------- the energy method
@@ -891,27 +848,17 @@ def test_the_tokenizer_sees_its_stride_for_each_patch(stride):
 
 # ---------------------------------------------------------------- fine-tuning
 
-BOTH = dict(batch_size=1024, weight_decay=0.05, warmup_epochs=5, clip_grad=0, drop_path=0.1, loss="ce",
-            repeats=1, label_smoothing=0.1, mixup=0.8, cutmix=1, randaug=9, erasing=0.25, img_size=224,
-            test_size=224)
-ENERGY_RECIPE = BOTH | dict(lr=1e-3, layer_decay=0.75, crop_ratio=0.875, head_norm="none")
-CIM_RECIPE = BOTH | dict(lr=3e-3, layer_decay=0.8, crop_ratio=0.95, head_norm="layer")
-RSB_RECIPE = BOTH | dict(lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1, drop_path=0, loss="bce",
-                         mixup=0.1, erasing=0, head_norm="none", crop_ratio=0.95)
-
-
 @pytest.mark.parametrize("flags,config,expected", [
-    ("--model vit_s", {}, ENERGY_RECIPE | dict(epochs=200)),
-    ("", dict(model="vit_b", method="energy"), ENERGY_RECIPE | dict(epochs=100, model="vit_b")),
-    ("", dict(model="vit_l", method="autoencoder"), ENERGY_RECIPE | dict(epochs=50)),
-    ("", dict(model="vit_b", method="cim", objective="respix"), CIM_RECIPE | dict(epochs=100)),
-    ("", dict(model="vit_b", method="cim", objective="revdet"), CIM_RECIPE | dict(epochs=100, lr=5e-3)),
-    ("", dict(model="vit_s", method="cim", objective="revdet"), CIM_RECIPE | dict(epochs=200, lr=4e-3)),
-    ("--recipe cim", dict(model="vit_s", method="energy"), CIM_RECIPE),
-    ("--model resnet50", dict(method="cim"), RSB_RECIPE | dict(epochs=100, randaug=6, img_size=160)),
-    ("--model resnet50 --epochs 300", {}, RSB_RECIPE | dict(label_smoothing=0, randaug=7, repeats=3)),
-    ("--model resnet50 --epochs 600", {},
-     RSB_RECIPE | dict(weight_decay=0.01, randaug=7, repeats=3, mixup=0.2, drop_path=0.05)),
+    ("--model vit_s", {}, FINE.ENERGY | dict(epochs=200)),
+    ("", dict(model="vit_b", method="energy"), FINE.ENERGY | dict(epochs=100, model="vit_b")),
+    ("", dict(model="vit_l", method="autoencoder"), FINE.ENERGY | dict(epochs=50)),
+    ("", dict(model="vit_b", method="cim", objective="respix"), FINE.CIM | dict(epochs=100)),
+    ("", dict(model="vit_b", method="cim", objective="revdet"), FINE.CIM | dict(epochs=100, lr=5e-3)),
+    ("", dict(model="vit_s", method="cim", objective="revdet"), FINE.CIM | dict(epochs=200, lr=4e-3)),
+    ("--recipe cim", dict(model="vit_s", method="energy"), FINE.CIM),
+    ("--model resnet50", dict(method="cim"), FINE.RSB_100),
+    ("--model resnet50 --epochs 300", {}, FINE.RSB_300),
+    ("--model resnet50 --epochs 600", {}, FINE.RSB_600),
     ("--batch_size 512 --mixup 0 --epochs 10", dict(model="vit_b", img_size=32),
      dict(lr=5e-4, mixup=0, cutmix=1, warmup_epochs=2, img_size=32, test_size=32, crop_ratio=1)),
     ("--probe linear", dict(model="vit_s", method="cim"), dict(epochs=90, weight_decay=0, head_norm="batch")),
@@ -1031,8 +978,7 @@ def bad(trained):
         shutil.copytree("masked", root / name)
         for path in (root / name / "annotations" / split).iterdir():
             Image.new("L", Image.open(path).size if name == "blank" else (9, 7)).save(path)
-    for name in ("page.pt", "dvae.pt"):
-        (root / name).write_text("<html>")
+    (root / "page.pt").write_text("<html>")
     backbone = torch.load("energy/backbone.pt", weights_only=True)
     torch.save(backbone | {"config": backbone["config"] | {"model": "vit_huge"}}, root / "unknown.pt")
     torch.save([torch.zeros(1)], root / "list.pt")
@@ -1088,9 +1034,7 @@ def test_a_probe_leaves_the_file_of_mae_as_it_is(bad, tmp_path):
 
 
 def test_what_was_trained(trained, tmp_path):
-    log = read_log("energy")
-    assert [line.get("epoch") for line in log] == [None, 1, 2]
-    assert log[2].keys() >= {"psnr_color_0", "psnr_color_2", "energy_gap_color", "alpha"}
+    assert [line.get("epoch") for line in read_log("energy")] == [None, 1, 2]
     flags = ["--corrupt", "color", "--epochs", 2, "--accum_steps", 4]
     run_here(ENERGY, *flags, "--output_dir", tmp_path / "parts")
     assert_close(weights(tmp_path / "parts"), weights("energy"), rtol=1e-3, atol=2e-4)  # gray is not random
@@ -1165,9 +1109,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
 
 @slow
 @pytest.mark.parametrize("script,flags", [
-    (ENERGY, []), (ENERGY, ["--corrupt", "sort"]), (ENERGY, AUTO), (ENERGY, [*AUTO, "--corrupt", "grid"]),
-    (ENERGY, [*AUTO, "--corrupt", "sort"]), (CIM, [*VQGAN, "--sampling", "argmax"]),
-    (FINE, [*VIT, "--drop_path", 0])], ids=str)
+    (ENERGY, ["--corrupt", "sort"]), (ENERGY, AUTO), (ENERGY, [*AUTO, "--corrupt", "grid"]),
+    (ENERGY, [*AUTO, "--corrupt", "sort"]), (CIM, [*VQGAN, "--sampling", "argmax"])], ids=str)
 def test_compiled_runs_equal_eager_ones(script, flags, bad, tmp_path):
     for name, compiled in (("eager", []), ("compiled", ["--compile"])):
         run_here(script, *flags, *compiled, "--max_steps", 2, "--output_dir", tmp_path / name)
@@ -1179,11 +1122,10 @@ FULL_MASKS = [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--s
 
 
 @slow
-@pytest.mark.parametrize("script,flags,compiled", [
-    (ENERGY, ["--corrupt", "color"], []), (ENERGY, ["--corrupt", "color"], ["--compile"]),
-    (CIM, FULL_MASKS, []), (CIM, FULL_MASKS, ["--compile"]),
-    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], []),
-    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0], ["--compile"])], ids=str)
+@pytest.mark.parametrize("compiled", [[], ["--compile"]])
+@pytest.mark.parametrize("script,flags", [
+    (ENERGY, ["--corrupt", "color"]), (CIM, FULL_MASKS),
+    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0])], ids=str)
 def test_two_processes_train_as_one(script, flags, compiled, trained, tmp_path):
     flags = [*flags, "--epochs", 2, "--output_dir"]
     run_here(script, *flags, tmp_path / "one")
@@ -1204,8 +1146,8 @@ def test_two_processes_run(script, flags, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("processes,name,folder", [
-    (2, "classify", "images"), (3, "classify", "images"), (2, "segment", "masked"), (3, "segment", "masked")])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name,folder", [("classify", "images"), ("segment", "masked")])
 def test_processes_measure_the_same_to_the_last_digit(processes, name, folder, trained):
     flags = ["--eval_only", "--init", f"{name}/checkpoint.pt", "--data", folder]
     assert run(FINE, *flags, processes=processes).stdout == run_here(FINE, *flags)
@@ -1241,9 +1183,7 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (CIM, ["--generator", "mae", "--objective", "revdet"], "--generator mae tokens"),
     (CIM, ["--mask_ratio", 0.6, 0.4], "--mask_ratio lower first"),
     (CIM, ["--img_size", 18], "stride divide --img_size 18"),
-    (CIM, ["--generator", "mae", *RESNET, "--batch_size", 1], "BatchNorm two --batch_size"),
     (CIM, ["--tokenizer", "dalle"], "encoder.pkl (no network) --tokenizer_dir"),
-    (CIM, [*TRAIN, "--tokenizer_dir", "bad"], "dvae.pt web page"),
     (CIM, [*TRAIN, "--freeze_generator", "cim/checkpoint.pt", "--gen_depth", 2], "--gen_depth 4 2"),
     (FINE, ["--init", "bad/page.pt"], "--init page.pt web page backbone.pt"),
     (FINE, ["--init", "bad/list.pt"], "list.pt no weights"),
@@ -1270,7 +1210,7 @@ def test_bad_input_is_one_sentence(script, flags, words, bad, tmp_path, monkeypa
 @pytest.mark.parametrize("script,flags,words", [
     (ENERGY, ["--lr", 1e8, "--clip_grad", 0], "loss not finite step"),
     (FINE, [*SEGMENT, *VIT, "--num_classes", 2], "label 3 --num_classes 2"),
-    (FINE, [*SEGMENT, *VIT, "--data", "bad/sizes"], ".png (7, 9)"),
+    (FINE, [*SEGMENT, *VIT, "--data", "bad/sizes", "--num_workers", 1], ".png (7, 9)"),
     (FINE, [*SEGMENT, *VIT, "--data", "bad/blank"], "all pixels unlabelled")], ids=str)
 def test_what_shows_while_training_is_one_sentence(script, flags, words, bad, tmp_path):
     assert_stops(script, ["--epochs", 1, "--output_dir", tmp_path, *flags], words)
@@ -1300,22 +1240,6 @@ def test_checkpoints_that_do_not_fit(flags, change, words, trained, tmp_path):
     assert read_log(tmp_path / "run") == read_log("energy")
 
 
-@pytest.mark.parametrize("error,sentence", [
-    (data.BadInput("Caught BadInput in worker\nTraceback ...\ndata.BadInput: cannot read x.jpg"),
-     "error: cannot read x.jpg"),
-    (KeyboardInterrupt(), "error: stopped; --resume"),
-    (OSError(28, "No space left on device", "log.jsonl"), "error: [Errno 28] No space left on device"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "Lower --num_workers"),
-    (RuntimeError("a mistake of ours"), None)], ids=str)                # that one keeps its traceback
-def test_errors_end_in_a_sentence(error, sentence):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit if sentence else RuntimeError) as stop:
-        ENERGY.run(main)
-    assert (sentence or "a mistake of ours") in stop.value.args[0]
-
-
 def test_a_full_disk_keeps_the_earlier_file(tmp_path):
     def fails(path):
         open(path, "w").write("half")
@@ -1335,10 +1259,3 @@ def test_a_folder_has_one_run(tmp_path):
     assert result.returncode == 1
     assert "using" in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_collapse_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(ENERGY.EnergyModel, "restore", lambda model, x, **context: x + 0 * model.scale)
-    monkeypatch.setattr(ENERGY, "calibrate_and_freeze_unused", lambda *args: [])
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
-    assert "collapsed" in run_here(ENERGY, "--max_steps", 1, "--output_dir", tmp_path)
