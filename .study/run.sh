@@ -54,6 +54,13 @@ case $curve in                                                        # command,
     energy_n0)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 0" best=3e-3 ;;
     energy_n2)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 2" best=3e-3 ;;
     energy_alpha)    command="$energy --corrupt sr --sr_scale 4 --alpha predicted" best=3e-3 ;;
+    energy_decay0.5) command="$energy --corrupt sr --sr_scale 4 --weight_decay 0.5" best=3e-3 ;;
+    energy_batch128) command="$energy --corrupt sr --sr_scale 4" best=3e-3 batch=128 ;;
+    energy_step1)    command="$energy --corrupt sr --sr_scale 4" best=3e-3 edit="s/^ALPHA = 0.1 /ALPHA = 1.0 /" ;;
+    energy_step0.01) command="$energy --corrupt sr --sr_scale 4" best=3e-3 edit="s/^ALPHA = 0.1 /ALPHA = 0.01 /" ;;
+    energy_grid4)    command="$energy --corrupt grid --mask_cell 4" best=3e-3 ;;
+    energy_mix4)     command="$energy --corrupt mix --sr_scale 4 --mask_cell 4" best=3e-3 ;;
+    energy_mix_*)    command="$energy --corrupt mix --sr_scale 4" best=3e-3 edit="s/^\(MIX = .*\)\"${curve#energy_mix_no_}\", /\1/" ;;
     energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
     energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
     autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
@@ -76,7 +83,7 @@ case $curve in                                                        # command,
     beit)            command="$cim $vit --objective none" best=3e-3 ;;
     *) echo "unknown curve $curve"; exit 1 ;;
 esac
-lr=${lr:-${best:-0}}
+lr=${lr:-${best:-0}} batch=${batch:-32}
 name=${curve}_${epochs}_${lr}_$seed
 run=$work/$name
 results=.study/results.jsonl
@@ -93,8 +100,13 @@ if [ -n "$command" ]; then
         $python cim_pretrain.py --data $work/data/pretrain $vit --batch_size 32 --tokenizer train --tokenizer_steps 2000 \
             --max_steps 1 --num_workers 0 --output_dir $work/tokenizer > $work/tokenizer.log
     fi
+    if [ -n "${edit:-}" ]; then                                       # a constant of the script is changed
+        sed "$edit" energy_pretrain.py > $work/$curve.py
+        command="$work/$curve.py ${command#* }"
+        export PYTHONPATH=$PWD
+    fi
     if [ ! -f $run/done ]; then
-        $python $command --data $data --batch_size 32 --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
+        $python $command --data $data --batch_size $batch --epochs $whole_epochs --lr $lr --seed $seed --num_workers 0 \
             $compile --output_dir $run --resume > $run.log
         touch $run/done
     fi
