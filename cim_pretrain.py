@@ -216,8 +216,8 @@ class CIM(nn.Module):
         """
         logits, positions, masked = self.generator(images, mask)               # (B, K, codes)
         golden_there = golden.gather(1, positions)                             # (B, K)
-        loss = F.cross_entropy(logits.transpose(1, 2), golden_there, reduction="none")
-        loss = (loss * masked).sum() / masked.sum().clamp(min=1)      # -log p(g | x^masked), mean over m
+        loss = F.cross_entropy(logits.flatten(0, 1), golden_there.flatten(), reduction="none")
+        loss = (loss * masked.flatten()).sum() / masked.sum().clamp(min=1)     # -log p(g | x^masked)
         if sampling is None:
             return loss, None
         with torch.no_grad():
@@ -437,7 +437,7 @@ def read_or_train_dvae(args, dataset, val_images):
     return dvae.cpu()
 
 
-def load_tokenizer(args, dataset, val_images, device):
+def load_tokenizer(args, dataset, val_images, device, rank, world):
     """-> the frozen tokenizer on the device; None if the generator needs no tokenizer."""
     if args.tokenizer is None:
         return None
@@ -818,7 +818,7 @@ def run(main):
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(1)                                                   # another process ended and said why
+        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
 
 
 # ---------------------------------------------------------------- the loop
@@ -833,7 +833,7 @@ def main():
     loader, val_images = together(data.pretraining_data, args, (0.08, 1.0), rank, world)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args, loader.dataset, val_images, device)
+    tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
     codes = tokenizer.codes if tokenizer else None
     torch.manual_seed(args.seed)
     model, config = together(build_model, args, codes)

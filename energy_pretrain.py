@@ -71,7 +71,8 @@ def parse_args():
       help="the step size: one learned number, or one predicted for each image by a linear head")
     # Decision: the paper's grid cells and super-resolution factor, 16 at 224/16, follow the patch size.
     g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; None: the patch size")
-    g("--sr_scale", type=number(int, 2, 1024), help="super-resolution factor; None: the patch "
+    # Larger factors need more shared memory than CUDA's antialiased bicubic has.
+    g("--sr_scale", type=number(int, 2, 47), help="super-resolution factor; None: the patch "
       "size; half of that gave small ViTs better features, see .study/README.md")
     # Decision: the paper tries several ratios and does not say which one the mix uses; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
@@ -627,7 +628,7 @@ def run(main):
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(1)                                                   # another process ended and said why
+        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
 
 
 # ---------------------------------------------------------------- the loop

@@ -792,7 +792,7 @@ def run(main):
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(1)                                                   # another process ended and said why
+        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
 
 
 # ---------------------------------------------------------------- the loop
