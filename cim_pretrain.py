@@ -141,6 +141,9 @@ def parse_args():
     if args.img_size % stride or stride % args.patch_size:
         p.error(f"{args.model} has stride {stride}: it must divide --img_size {args.img_size} "
                 f"and be a multiple of --patch_size {args.patch_size}")
+    parts = args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
+    if args.model.startswith("resnet") and args.batch_size <= parts:
+        p.error("a ResNet's BatchNorm needs at least two images at a time: raise --batch_size")
     return args
 
 
@@ -420,7 +423,7 @@ def read_tokenizer(name, folder):
             return models.load_vqgan(f"{folder}/vqgan.ckpt")
         return models.load_dvae(models.load_weights_file(f"{folder}/dvae.pt")["model"])
     except Exception as error:                  # a wrong file can raise errors of many types
-        raise data.BadInput(f"cannot read --tokenizer {name} from {folder} ({models.last_line(error)}): put "
+        raise data.BadInput(f"cannot read --tokenizer {name} from {folder} ({models.one_line(error)}): put "
                             "its files there (see --tokenizer_dir in --help), or choose another") from None
 
 
@@ -498,7 +501,7 @@ def load_generator(generator, args):
         models.load_finite(generator, state)
     except Exception as error:                  # a wrong file can raise errors of many types
         raise data.BadInput(f"--freeze_generator {args.freeze_generator} does not fit "
-                            f"({models.last_line(error)}): give the checkpoint.pt of a CIM run with "
+                            f"({models.one_line(error)}): give the checkpoint.pt of a CIM run with "
                             "the same generator") from None
 
 
@@ -693,7 +696,7 @@ def together(function, *args, first_only=False):
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
             result = function(*args)
     except (data.BadInput, OSError) as caught:
-        error = str(caught)
+        error = str(caught) or repr(caught)
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, (error, result if first_only else None))
@@ -812,13 +815,14 @@ def run(main):
         if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
             time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.BadInput: ")
+        sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
+        sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")
 
 
 # ---------------------------------------------------------------- the loop

@@ -8,6 +8,7 @@ import colorsys
 import math
 import os
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -130,14 +131,24 @@ class Images(Dataset):
 
 
 def find_images(folder):
-    """-> sorted paths of all image files below the folder. Links are followed."""
+    """-> sorted paths of all image files below the folder. Links are followed, each folder once."""
     def stop(error):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror}): "
                        "make it readable or move it out of the data")
 
-    return sorted(os.path.join(root, name)
-                  for root, _, names in os.walk(folder, followlinks=True, onerror=stop)
-                  for name in names if torchvision.datasets.folder.is_image_file(name))
+    # Two links to one folder must not count its images twice, and a link to a folder above is a loop.
+    visited = set(Path(folder).resolve().parents)
+    paths = []
+    for root, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
+        subfolders.sort()                                            # the same order on every machine
+        real_root = Path(root).resolve()
+        if real_root in visited:
+            subfolders.clear()                                       # os.walk then goes no deeper
+        else:
+            visited.add(real_root)
+            paths += [os.path.join(root, name) for name in names
+                      if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+    return sorted(paths)
 
 
 def cifar10(train=True):

@@ -117,7 +117,7 @@ def parse_args():
     if args.energy_steps is None:
         args.energy_steps = 2 if is_energy else 1                     # an autoencoder restores in one pass
     args.mask_cell = args.mask_cell or args.patch_size
-    args.sr_scale = args.sr_scale or args.patch_size
+    args.sr_scale = args.sr_scale or min(args.patch_size, 47)
     args.lr = args.lr or 1e-4 * args.batch_size / 256
     args.warmup_epochs = min(0.1 * args.epochs, 40) if args.warmup_epochs is None else args.warmup_epochs
     for name, divisor, used in [("--patch_size", args.patch_size, is_vit),
@@ -503,7 +503,7 @@ def together(function, *args, first_only=False):
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
             result = function(*args)
     except (data.BadInput, OSError) as caught:
-        error = str(caught)
+        error = str(caught) or repr(caught)
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, (error, result if first_only else None))
@@ -622,13 +622,14 @@ def run(main):
         if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
             time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.BadInput: ")
+        sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
+        sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -733,7 +734,7 @@ def main():
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
             save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model, tasks,
-                         val_images[::max(1, len(val_images) // 8)][:8], args)
+                         val_images[::max(1, len(val_images) // 8)], args)
             content = {"script": "energy_pretrain", "config": config, "args": vars(args), "step": step,
                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "scaler": scaler.state_dict()}

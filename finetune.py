@@ -539,7 +539,7 @@ def build_data_and_model(args, content, weights, device, rank, world):
         raise
     # A file whose settings were altered by hand may raise any of these.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = models.last_line(error)
+        reason = models.one_line(error)
         if args.eval_only:
             raise data.BadInput(f"--init {args.init} is damaged ({reason}): give another one") from None
         raise data.BadInput(f"{args.model}, --init {args.init}, --img_size {args.img_size}, --patch_size "
@@ -667,7 +667,7 @@ def together(function, *args, first_only=False):
         if not first_only or int(os.environ.get("RANK", 0)) == 0:
             result = function(*args)
     except (data.BadInput, OSError) as caught:
-        error = str(caught)
+        error = str(caught) or repr(caught)
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, (error, result if first_only else None))
@@ -786,13 +786,14 @@ def run(main):
         if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
             time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
         # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("data.BadInput: "))
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.BadInput: ")
+        sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        sys.exit(f"stopped, because another process ended ({str(error).splitlines()[0]})")
+        sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")
 
 
 # ---------------------------------------------------------------- the loop

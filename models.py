@@ -48,7 +48,7 @@ def resize_pos_embed(pos_embed, grid_size):
     cls = pos_embed[:, :1]
     grid = pos_embed[:, 1:]
     side = round(grid.shape[1] ** 0.5)
-    if side == grid_size:
+    if side == grid_size or side ** 2 != grid.shape[1]:              # strict loading refuses the latter
         return pos_embed
     grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()             # (1, dim, side, side)
     grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=True)
@@ -423,7 +423,7 @@ def load_dvae(state):
                         blocks=sum(name.startswith("encoder.blocks.group_1") for name in state) // 8)
         load_finite(dvae, state, assign=True)
     except Exception as error:                                       # wrong tensors raise many error types
-        raise ValueError(f"not the encoder and decoder of a dVAE: {last_line(error)}") from None
+        raise ValueError(f"not the encoder and decoder of a dVAE: {one_line(error)}") from None
     return dvae.float()
 
 
@@ -587,7 +587,7 @@ def load_vqgan(path):
                           blocks=sum(name.startswith("encoder.down.0.") for name in convs))
         load_finite(vqgan, state, assign=True)
     except Exception as error:                                       # wrong tensors raise many error types
-        raise ValueError(f"{path} is not a VQGAN of taming-transformers: {last_line(error)}") from None
+        raise ValueError(f"{path} is not a VQGAN of taming-transformers: {one_line(error)}") from None
     return vqgan
 
 
@@ -638,9 +638,10 @@ def load_finite(module, state, **options):
     module.load_state_dict(state, **options)
 
 
-def last_line(error):
-    """-> the last line of an error message, where load_state_dict and KeyError name the tensor at fault."""
-    return str(error).split("\n")[-1].strip()[:200]
+def one_line(error):
+    """-> one line of an error's message: the last one of load_state_dict's, which names a tensor."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return (lines[-1] if lines[0].startswith("Error(s)") else lines[0]).strip()[:200]
 
 
 class StandIn:
@@ -782,9 +783,8 @@ def load_weights(backbone, weights):
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], backbone.grid_size)
 
     head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
-    optional = ("num_batches_tracked",)    # absent from old files
+    kept = {}
     if "fc_norm.weight" in weights:        # timm and MAE, if patch means are classified: no last norm
-        optional += ("norm.weight", "norm.bias")
-    kept = {key: value for key, value in expected.items() if key.endswith(optional)}
+        kept = {key: value for key, value in expected.items() if key in ("norm.weight", "norm.bias")}
     load_finite(backbone, kept | {key: value for key, value in weights.items() if key not in head_keys})
     return head_keys

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_unlabelled_folders_hold_images_out(tmp_path):
     train, val = (data.unlabelled_dataset(str(tmp_path), train, 16) for train in (True, False))
     assert [len(train), len(val), val[0][1]] == [40, 3, -1]
     assert data.fixed_images(train, 8, count=5).shape == (5, 3, 8, 8)
+
+
+def test_links_do_not_multiply_images(tmp_path):
+    save_images(tmp_path / "train/a", 2)
+    save_images(tmp_path / "train/b", 3)
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    for link, folder in (("above", tmp_path / "train"), ("link_1", "../../val"), ("link_2", "../../val")):
+        (tmp_path / "train/a" / link).symlink_to(folder)
+    paths = data.find_images(tmp_path / "train")
+    assert len(paths) == 10
+    assert paths[2] == f"{tmp_path}/train/a/link_1/a/000.png"
 
 
 TURN = Image.Exif()
@@ -408,6 +420,7 @@ def test_position_embeddings_of_another_size():
     ({"norm.weight": None}, "Missing.*norm.weight"),
     ({"surprise": torch.zeros(1)}, "Unexpected.*surprise"),
     ({"cls_token": torch.zeros(1, 1, 8)}, "mismatch for cls_token"),
+    ({"pos_embed": torch.zeros(1, 8, 16)}, "mismatch for pos_embed"),
     ({"norm.bias": torch.full((16,), torch.nan)}, "NaN in norm.bias")], ids=str)
 def test_load_weights_accounts_for_every_key(changes, result):
     state = tiny_vit().state_dict() | changes
@@ -848,17 +861,27 @@ def test_the_tokenizer_sees_its_stride_for_each_patch(stride):
 
 # ---------------------------------------------------------------- fine-tuning
 
+BOTH = dict(batch_size=1024, weight_decay=0.05, warmup_epochs=5, clip_grad=0, drop_path=0.1, loss="ce",
+            repeats=1, label_smoothing=0.1, mixup=0.8, cutmix=1, randaug=9, erasing=0.25, img_size=224,
+            test_size=224)
+ENERGY_RECIPE = BOTH | dict(lr=1e-3, layer_decay=0.75, crop_ratio=0.875, head_norm="none")
+CIM_RECIPE = BOTH | dict(lr=3e-3, layer_decay=0.8, crop_ratio=0.95, head_norm="layer")
+RSB_RECIPE = BOTH | dict(lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1, drop_path=0, loss="bce",
+                         mixup=0.1, erasing=0, head_norm="none", crop_ratio=0.95)
+
+
 @pytest.mark.parametrize("flags,config,expected", [
-    ("--model vit_s", {}, FINE.ENERGY | dict(epochs=200)),
-    ("", dict(model="vit_b", method="energy"), FINE.ENERGY | dict(epochs=100, model="vit_b")),
-    ("", dict(model="vit_l", method="autoencoder"), FINE.ENERGY | dict(epochs=50)),
-    ("", dict(model="vit_b", method="cim", objective="respix"), FINE.CIM | dict(epochs=100)),
-    ("", dict(model="vit_b", method="cim", objective="revdet"), FINE.CIM | dict(epochs=100, lr=5e-3)),
-    ("", dict(model="vit_s", method="cim", objective="revdet"), FINE.CIM | dict(epochs=200, lr=4e-3)),
-    ("--recipe cim", dict(model="vit_s", method="energy"), FINE.CIM),
-    ("--model resnet50", dict(method="cim"), FINE.RSB_100),
-    ("--model resnet50 --epochs 300", {}, FINE.RSB_300),
-    ("--model resnet50 --epochs 600", {}, FINE.RSB_600),
+    ("--model vit_s", {}, ENERGY_RECIPE | dict(epochs=200)),
+    ("", dict(model="vit_b", method="energy"), ENERGY_RECIPE | dict(epochs=100, model="vit_b")),
+    ("", dict(model="vit_l", method="autoencoder"), ENERGY_RECIPE | dict(epochs=50)),
+    ("", dict(model="vit_b", method="cim", objective="respix"), CIM_RECIPE | dict(epochs=100)),
+    ("", dict(model="vit_b", method="cim", objective="revdet"), CIM_RECIPE | dict(epochs=100, lr=5e-3)),
+    ("", dict(model="vit_s", method="cim", objective="revdet"), CIM_RECIPE | dict(epochs=200, lr=4e-3)),
+    ("--recipe cim", dict(model="vit_s", method="energy"), CIM_RECIPE),
+    ("--model resnet50", dict(method="cim"), RSB_RECIPE | dict(epochs=100, randaug=6, img_size=160)),
+    ("--model resnet50 --epochs 300", {}, RSB_RECIPE | dict(label_smoothing=0, randaug=7, repeats=3)),
+    ("--model resnet50 --epochs 600", {},
+     RSB_RECIPE | dict(weight_decay=0.01, randaug=7, repeats=3, mixup=0.2, drop_path=0.05)),
     ("--batch_size 512 --mixup 0 --epochs 10", dict(model="vit_b", img_size=32),
      dict(lr=5e-4, mixup=0, cutmix=1, warmup_epochs=2, img_size=32, test_size=32, crop_ratio=1)),
     ("--probe linear", dict(model="vit_s", method="cim"), dict(epochs=90, weight_decay=0, head_norm="batch")),
@@ -998,7 +1021,7 @@ VQGAN = ["--tokenizer", "vqgan", "--tokenizer_dir", "bad"]
 
 @pytest.mark.parametrize("script,flags,names", [
     (ENERGY, ["--alpha", "predicted", "--corrupt", "sort"], "sorted_0 sorted_2 energy_gap_sort"),
-    (ENERGY, ["--amp", "bf16", "--corrupt", "random_small"], "psnr_random_small_2"),
+    (ENERGY, ["--amp", "bf16", "--corrupt", "random_small"], "psnr_random_small_2 alpha"),
     (ENERGY, ["--amp", "fp16", "--energy_steps", 0], "psnr_grid_0 energy_gap_grid energy_gap_color"),
     (ENERGY, [*RESNET, "--energy_steps", 1, "--corrupt", "sr", "--clip_grad", 0], "psnr_sr_1"),
     (ENERGY, [*AUTO, "--corrupt", "sort"], "sorted_1"),
@@ -1125,7 +1148,7 @@ FULL_MASKS = [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--s
 @pytest.mark.parametrize("compiled", [[], ["--compile"]])
 @pytest.mark.parametrize("script,flags", [
     (ENERGY, ["--corrupt", "color"]), (CIM, FULL_MASKS),
-    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0])], ids=str)
+    (FINE, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--accum_steps", 2])], ids=str)
 def test_two_processes_train_as_one(script, flags, compiled, trained, tmp_path):
     flags = [*flags, "--epochs", 2, "--output_dir"]
     run_here(script, *flags, tmp_path / "one")
@@ -1183,6 +1206,7 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (CIM, ["--generator", "mae", "--objective", "revdet"], "--generator mae tokens"),
     (CIM, ["--mask_ratio", 0.6, 0.4], "--mask_ratio lower first"),
     (CIM, ["--img_size", 18], "stride divide --img_size 18"),
+    (CIM, ["--generator", "mae", *RESNET, "--batch_size", 1], "BatchNorm two --batch_size"),
     (CIM, ["--tokenizer", "dalle"], "encoder.pkl (no network) --tokenizer_dir"),
     (CIM, [*TRAIN, "--freeze_generator", "cim/checkpoint.pt", "--gen_depth", 2], "--gen_depth 4 2"),
     (FINE, ["--init", "bad/page.pt"], "--init page.pt web page backbone.pt"),
@@ -1238,6 +1262,17 @@ def test_checkpoints_that_do_not_fit(flags, change, words, trained, tmp_path):
         change(tmp_path / "run/checkpoint.pt")
     assert_stops(ENERGY, ["--corrupt", "color", "--output_dir", tmp_path / "run", *flags], words)
     assert read_log(tmp_path / "run") == read_log("energy")
+
+
+@pytest.mark.parametrize("error,words", [
+    (OSError(28, "No space left on device", "log.jsonl"), "error: [Errno 28] No space left on device"),
+    (OSError(), "error: OSError"), (KeyboardInterrupt(), "stopped; --resume")], ids=str)
+def test_errors_end_in_a_sentence(error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        ENERGY.run(main)
 
 
 def test_a_full_disk_keeps_the_earlier_file(tmp_path):

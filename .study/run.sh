@@ -54,7 +54,7 @@ case $curve in                                                        # command,
     energy_n0)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 0" best=3e-3 ;;
     energy_n2)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 2" best=3e-3 ;;
     energy_alpha)    command="$energy --corrupt sr --sr_scale 4 --alpha predicted" best=3e-3 ;;
-    energy_decay0.5) command="$energy --corrupt sr --sr_scale 4 --weight_decay 0.5" best=3e-3 ;;
+    energy_decay*)   command="$energy --corrupt sr --sr_scale 4 --weight_decay ${curve#*_decay}" best=3e-3 ;;
     energy_batch128) command="$energy --corrupt sr --sr_scale 4" best=3e-3 batch=128 ;;
     energy_step1)    command="$energy --corrupt sr --sr_scale 4" best=3e-3 edit="s/^ALPHA = 0.1 /ALPHA = 1.0 /" ;;
     energy_step0.01) command="$energy --corrupt sr --sr_scale 4" best=3e-3 edit="s/^ALPHA = 0.1 /ALPHA = 0.01 /" ;;
@@ -64,9 +64,10 @@ case $curve in                                                        # command,
     energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
     energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
     autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
-    autoencoder_decay0) command="$autoencoder --corrupt sr --sr_scale 4 --weight_decay 0" best=3e-3 ;;
+    autoencoder_decay*) command="$autoencoder --corrupt sr --sr_scale 4 --weight_decay ${curve#*_decay}" best=3e-3 ;;
     autoencoder_*)   command="$autoencoder --sr_scale 4 --corrupt ${curve#autoencoder_}" best=3e-3 ;;
     mae)             command="$autoencoder --corrupt grid" best=1e-3 ;;
+    mae_decay*)      command="$autoencoder --corrupt grid --weight_decay ${curve#*_decay}" best=1e-3 ;;
     respix)          command="$cim $vit" best=1e-2 ;;
     respix_uniform)  command="$cim $vit --sampling uniform" best=1e-2 ;;
     respix_argmax)   command="$cim $vit --sampling argmax" best=1e-2 ;;
