@@ -14,7 +14,7 @@ but without its relative positions and LayerScale.
 Measured: the first command with --tokenizer_steps 500 --batch_size 32 --lr 2e-3 --epochs 2 takes two and
 a half minutes on two AMD EPYC cores (torch 2.14, fp32). On held-out images, the tokenizer's PSNR is 21.1
 dB. The generator predicts 46 % of the masked tokens (chance: 1 %), and its samples replace 77 % of them.
-The PSNR is 17.6 dB for corrupted images, 19.1 for the enhancer's output and 15.6 for the window means
+The PSNR is 17.5 dB for corrupted images, 19.1 for the enhancer's output and 15.6 for the window means
 alone. At 224 pixels, a ViT-S step takes 1.70 times as long as one of BEiT (--objective none --gen_depth
 12), both with the full-size dVAE in fp32.
 """

@@ -70,10 +70,11 @@ def parse_args():
     g("--alpha", default="learned", choices=["learned", "predicted"],
       help="the step size: one learned number, or one predicted for each image by a linear head")
     # Decision: the paper's grid cells and super-resolution factor, 16 at 224/16, follow the patch size.
-    g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; None: the patch size")
-    # Larger factors need more shared memory than CUDA's antialiased bicubic has.
-    g("--sr_scale", type=number(int, 2, 47), help="super-resolution factor; None: the patch "
+    g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; None: the patch "
       "size; half of that gave small ViTs better features, see .study/README.md")
+    # Larger factors need more shared memory than CUDA's antialiased bicubic has.
+    g("--sr_scale", type=number(int, 2, 47), help="super-resolution factor; None: the patch size; "
+      "here, too, half of that gave better features")
     # Decision: the paper tries several ratios and does not say which one the mix uses; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
       help="fraction of the grid's cells that are blanked")
