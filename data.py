@@ -91,6 +91,8 @@ class Shapes(Dataset):
 
 def open_image(path, formats=FORMATS):
     """-> PIL image, turned upright by its EXIF tag. Raises BadInput, which names a broken file."""
+    if not os.path.isfile(path):                                     # opening a FIFO could wait forever
+        raise BadInput(f"the image {path} is missing or not a regular file: remove it from the data")
     try:
         with Image.open(path, formats=formats) as image:
             image.load()

@@ -791,6 +791,9 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint")
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            reason = str(error).splitlines()[0]
+            sys.exit(f"error: {reason} Lower --num_workers if memory is short, then --resume")
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
         sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")

@@ -13,6 +13,7 @@ here, without running any code that a file may contain.
 """
 import argparse
 import io
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -618,15 +619,18 @@ def read_tensors(path):
         # Read from memory, because torch.load unpacks tars, its oldest format, only from real files.
         content = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=TensorPickle,
                              weights_only=False)
-        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content)
+        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
         return {name: tensor.detach().float() for name, tensor in named.items() if torch.is_tensor(tensor)}
 
 
-def module_tensors(module, prefix=""):
-    """-> {name: parameter} of a module unpickled with StandIns as classes."""
+def module_tensors(module, prefix, seen):
+    """-> {name: parameter} of a module unpickled with StandIns as classes; seen: ids of visited modules."""
+    if id(module) in seen:                                           # a module may contain itself
+        return {}
+    seen.add(id(module))
     tensors = {prefix + name: tensor for name, tensor in module._parameters.items()}
     for name, child in module._modules.items():
-        tensors |= module_tensors(child, f"{prefix}{name}.")
+        tensors |= module_tensors(child, f"{prefix}{name}.", seen)
     return tensors
 
 
@@ -701,6 +705,8 @@ class TensorPickle:
 def open_weights(path):
     """Opens a file; any error while it is open becomes a ValueError of one sentence."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
+            raise OSError(0, "not a regular file")
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:

@@ -193,9 +193,13 @@ def test_images_become_rgb(name, image, options, expected, tmp_path):
     assert np.array(data.read_rgb(tmp_path / name))[0].tolist() == [[value] * 3 for value in expected]
 
 
-def test_hostile_images_end_in_a_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["EPS", "FIFO"])
+def test_hostile_images_end_in_a_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("started Ghostscript"))
-    Image.new("RGB", (20, 20)).save(tmp_path / "x.jpg", format="EPS")
+    if kind == "EPS":
+        Image.new("RGB", (20, 20)).save(tmp_path / "x.jpg", format="EPS")
+    else:
+        os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(data.BadInput, match="x.jpg") as error:
         data.read_rgb(tmp_path / "x.jpg")
     assert "\n" not in str(error.value)
@@ -613,7 +617,7 @@ def old_pickle(pickled):
 @pytest.mark.parametrize("reader", [models.read_tensors, models.load_weights_file])
 @pytest.mark.parametrize("content,problem", [
     ("nothing", "missing"), (b"", ""), (b"<html>", "web page"), ("half", "truncated"),
-    ("folder", "directory"), ("script", "TorchScript"), ("tar", " tar"),
+    ("folder", "regular"), ("script", "TorchScript"), ("tar", " tar"),
     ("reduce", ""), ("old reduce", ""),
     (old_pickle(b"ctorch.nn\nModule\n(N}S'harm'\nI01\nstb."), ""),                 # state of a class
     (old_pickle(b"ctorch._utils\n_rebuild_tensor_v2\n(N}S'__defaults__'\n(I1\ntstb."), ""),  # a function's
@@ -632,6 +636,18 @@ def test_files_from_strangers_run_nothing(reader, content, problem, tmp_path, mo
     assert "its code ran" not in capfd.readouterr().out
     assert not hasattr(models.StandIn, "harm")
     assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
+
+
+def test_modules_in_modules(tmp_path):
+    """2 ** 60 ways lead through modules that contain themselves."""
+    module = last = nn.Module()
+    module.w = nn.Parameter(torch.ones(2))
+    for _ in range(60):
+        last._modules = dict.fromkeys("ab", nn.Module())
+        last = last._modules["a"]
+    last._modules = {"a": module}
+    torch.save(module, tmp_path / "m.pkl")
+    assert list(models.read_tensors(tmp_path / "m.pkl")) == ["w"]
 
 
 # ---------------------------------------------------------------- the energy method
@@ -1266,12 +1282,14 @@ def test_checkpoints_that_do_not_fit(flags, change, words, trained, tmp_path):
 
 @pytest.mark.parametrize("error,words", [
     (OSError(28, "No space left on device", "log.jsonl"), "error: [Errno 28] No space left on device"),
-    (OSError(), "error: OSError"), (KeyboardInterrupt(), "stopped; --resume")], ids=str)
+    (OSError(), "error: OSError"), (KeyboardInterrupt(), "stopped; --resume"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "Lower --num_workers"),
+    (RuntimeError("a mistake of ours"), None)], ids=str)              # that one keeps its traceback
 def test_errors_end_in_a_sentence(error, words):
     def main():
         raise error
 
-    with pytest.raises(SystemExit, match=re.escape(words)):
+    with pytest.raises(SystemExit if words else RuntimeError, match=re.escape(words or "a mistake of ours")):
         ENERGY.run(main)
 
 
