@@ -279,6 +279,7 @@ class Classifier(nn.Module):
     """
 
     num_counts = 4
+    metric = "top1"
 
     def __init__(self, backbone, num_classes, probe=None, head_norm="none", loss="ce", label_smoothing=0.0):
         super().__init__()
@@ -357,6 +358,8 @@ class Segmenter(nn.Module):
     convolution instead of two; there is no auxiliary head, crops of one class are not drawn again
     (`cat_max_ratio`), and the long side of an image is not limited.
     """
+
+    metric = "miou"
 
     def __init__(self, backbone, num_classes, img_size):
         super().__init__()
@@ -452,11 +455,12 @@ def build_optimizer(args, model):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
 
-def poly_rate(step, total_steps, warmup_steps, peak, power):
-    """Linear warm-up from 0, then down to 0 as (1 - progress) ** power (CIM, sec. 3.2)."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)) ** power
+def scheduled_rate(args, step, total_steps, warmup_steps):
+    """Linear warm-up from 0, then half a cosine or, to segment, (1 - progress) ** power (CIM, sec. 3.2)."""
+    if args.task == "classify" or step < warmup_steps:
+        # Decision: the cosine ends at 1e-6, as in BEiT's and MAE's code.
+        return learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-6, args.lr))
+    return args.lr * (1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)) ** args.power
 
 
 # ---------------------------------------------------------------- data and model
@@ -548,6 +552,14 @@ def build_data_and_model(args, content, weights, device, rank, world):
     if is_segment and world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)        # a GPU's few crops make poor statistics
     return val_loader, classes, model
+
+
+def backbone_config(args, init_config):
+    """-> the config of this run's backbone.pt. --init's method and objective stay in it, because they choose
+    the recipe of whoever fine-tunes that file again.
+    """
+    config = {key: getattr(args, key) for key in BACKBONE} | {"mean": data.MEAN, "std": data.STD}
+    return {"method": "finetune", "objective": args.task} | init_config | config
 
 
 def check_classes(classes, checkpoint, args):
@@ -825,10 +837,7 @@ def main():
     ddp = DistributedDataParallel(model) if world > 1 else model
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = {key: getattr(args, key) for key in BACKBONE} | {"mean": data.MEAN, "std": data.STD}
-    # --init's method and objective choose the recipe of whoever fine-tunes this backbone.pt again.
-    config = {"method": "finetune", "objective": args.task} | init_config | config
-    metric = "miou" if args.task == "segment" else "top1"
+    config = backbone_config(args, init_config)
     step = 0                                                          # steps done
     best = 0.0                                                        # the best epoch's metric
     if resume:
@@ -855,10 +864,7 @@ def main():
         timed_from, start_time = step, time.time()
         model.train()                                                 # a probe's backbone stays in eval mode
         while step < epoch_end:
-            if args.task == "segment":
-                lr = poly_rate(step, total_steps, warmup_steps, args.lr, args.power)
-            else:                           # Decision: the cosine ends at 1e-6, as in BEiT's and MAE's code.
-                lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-6, args.lr))
+            lr = scheduled_rate(args, step, total_steps, warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
@@ -900,11 +906,11 @@ def main():
         memory = peak_memory_mb(device)                               # before evaluation adds to it
         measured = evaluate(model, val_loader, device, dtype, world)
         together(require_finite, loss + sum(measured.values()), step)
-        best = max(best, measured[metric])
+        best = max(best, measured[model.metric])
         if rank == 0:
             line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
                     "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "peak_mem_mb": memory, **measured, f"best_{metric}": best}
+                    "peak_mem_mb": memory, **measured, f"best_{model.metric}": best}
             print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
             write_log(args.output_dir, line)
             if args.task == "segment":

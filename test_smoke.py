@@ -920,7 +920,8 @@ def test_schedules():
     rate = [FINE.learning_rate(step, 110, 10, 1.0, 1e-6) for step in range(111)]
     assert [rate[0], rate[9], rate[10], rate[110]] == [0.1, 1, 1, 1e-6]
     assert rate[60] == pytest.approx((1 + 1e-6) / 2)
-    rate = [FINE.poly_rate(step, 110, 10, 1.0, 0.9) for step in range(111)]
+    args = argparse.Namespace(task="segment", lr=1.0, power=0.9)
+    rate = [FINE.scheduled_rate(args, step, 110, 10) for step in range(111)]
     assert [rate[0], rate[9], rate[10], rate[60], rate[110]] == [0.1, 1, 1, 0.5 ** 0.9, 0]
     for epochs, warmup in ((5, 0.5), (300, 10)):
         assert parse(CIM, *FLAGS[CIM], "--epochs", epochs).warmup_epochs == warmup
