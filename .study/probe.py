@@ -6,7 +6,7 @@ DATA holds train/CLASS/ and val/CLASS/. Each seed draws its own `labels` trainin
 Centre crops, standardised features, and the penalty with the least leave-one-out error. For a ViT it measures the
 patch mean (`mean`), the class token (`cls`) and both together (`both`), with --by_block of every block; `feature` is
 what the backbone returns. --sr_scale probes images of lower resolution, as pretraining on super-resolution sees them.
-A name of models.MODELS in place of a file stands for an untrained backbone.
+BatchNorm's statistics, which CIM takes of corrupted images, are first taken anew of the training images.
 """
 import argparse
 import json
@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -81,24 +82,24 @@ def main():
     p.add_argument("--sr_scale", type=int, default=1)
     p.add_argument("--labels", type=int, default=5000)
     p.add_argument("--tune_seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--seed", type=int, default=0, help="of an untrained backbone")
     args = p.parse_args()
-    torch.manual_seed(args.seed)
-    weights = None
-    config = {"model": args.backbone, "img_size": 32, "patch_size": 8, "pool": "mean", "norm": "batch"}
-    if os.path.exists(args.backbone):
-        content = models.load_weights_file(args.backbone)
-        config |= {key: content["config"][key] for key in config}
-        weights = {key.removeprefix("backbone."): value for key, value in content["model"].items()}
-    backbone = models.build_model(**config).eval()
-    if weights:
-        models.load_weights(backbone, weights)
+    content = models.load_weights_file(args.backbone)
+    config = {key: content["config"][key] for key in ("model", "img_size", "patch_size", "pool", "norm")}
+    backbone = models.build_model(**config)
+    models.load_weights(backbone, {key.removeprefix("backbone."): value for key, value in content["model"].items()})
     train_set = data.labelled_dataset(args.data, True, config["img_size"])
     val_set = data.labelled_dataset(args.data, False, config["img_size"])
     draws = {seed: data.few_labels(train_set.targets, args.labels / len(train_set), seed)
              for seed in args.tune_seeds}
     used = sorted(set().union(*draws.values()))
     options = config["img_size"], args.by_block, args.sr_scale
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                                          # averages over all batches
+    if norms:
+        extract(backbone.train(), train_set, used, *options)
+    backbone.eval()
     train, train_labels = extract(backbone, train_set, used, *options)
     test, test_labels = extract(backbone, val_set, range(len(val_set)), *options)
     for name in train:

@@ -46,8 +46,9 @@ energy="energy_pretrain.py $vit --energy_steps 1"
 autoencoder="energy_pretrain.py $vit --method autoencoder"
 cim="cim_pretrain.py --tokenizer train --tokenizer_dir $work/tokenizer"
 case $curve in                                                        # command, and the best rate at 2 epochs
-    scratch)         command="" ;;
-    scratch_resnet)  command="" ;;
+    scratch)           untrained="vit_nano batch" ;;
+    scratch_resnet)    untrained="resnet_nano batch" ;;
+    scratch_groupnorm) untrained="resnet_nano group" ;;             # the norm that the energy method takes
     energy_sr8)      command="$energy --corrupt sr --sr_scale 8" best=3e-3 ;;
     energy_mix8)     command="$energy --corrupt mix --sr_scale 8" best=3e-3 ;;
     energy_cls)      command="$energy --corrupt sr --sr_scale 4 --pool cls" best=3e-3 ;;
@@ -61,7 +62,7 @@ case $curve in                                                        # command,
     energy_grid4)    command="$energy --corrupt grid --mask_cell 4" best=3e-3 ;;
     energy_mix4)     command="$energy --corrupt mix --sr_scale 4 --mask_cell 4" best=3e-3 ;;
     energy_mix_*)    command="$energy --corrupt mix --sr_scale 4" best=3e-3 edit="s/^\(MIX = .*\)\"${curve#energy_mix_no_}\", /\1/" ;;
-    energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=3e-3 ;;
+    energy_resnet)   command="energy_pretrain.py $resnet --energy_steps 1 --corrupt sr --sr_scale 4" best=1e-3 ;;
     energy_*)        command="$energy --sr_scale 4 --corrupt ${curve#energy_}" best=3e-3 ;;      # sr, grid, mix ...
     autoencoder_sr8) command="$autoencoder --corrupt sr --sr_scale 8" best=3e-3 ;;
     autoencoder_decay*) command="$autoencoder --corrupt sr --sr_scale 4 --weight_decay ${curve#*_decay}" best=3e-3 ;;
@@ -77,10 +78,12 @@ case $curve in                                                        # command,
     respix_depth2)   command="$cim $vit --gen_depth 2" best=1e-2 ;;
     respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
     respix_mae)      command="cim_pretrain.py $vit --generator mae" best=1e-2 ;;
+    respix_crop0.2)  command="$cim $vit" best=1e-2 edit="s/(0.08, 1.0)/(0.2, 1.0)/" ;;
+    beit_crop0.2)    command="$cim $vit --objective none" best=3e-3 edit="s/(0.08, 1.0)/(0.2, 1.0)/" ;;
     respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
-    respix_resnet)   command="$cim $resnet" best=3e-3 ;;
+    respix_resnet)   command="$cim $resnet" best=1e-3 ;;
     revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
-    revdet_resnet)   command="$cim $resnet --objective revdet" best=1e-3 ;;
+    revdet_resnet)   command="$cim $resnet --objective revdet" best=3e-4 ;;
     beit)            command="$cim $vit --objective none" best=3e-3 ;;
     *) echo "unknown curve $curve"; exit 1 ;;
 esac
@@ -90,9 +93,16 @@ run=$work/$name
 results=.study/results.jsonl
 touch $results
 
-start=$vit
-if [ $curve = scratch_resnet ]; then start=$resnet; fi
-if [ -n "$command" ]; then
+if [ -n "${untrained:-}" ]; then
+    mkdir -p $run
+    $python - $untrained $seed $run/backbone.pt <<'PY'
+import sys, torch, models
+model, norm, seed, path = sys.argv[1:]
+torch.manual_seed(int(seed))
+config = {"model": model, "img_size": 32, "patch_size": 8, "pool": "mean", "norm": norm}
+torch.save({"model": models.build_model(**config).state_dict(), "config": config}, path)
+PY
+else
     data=$work/data/pretrain whole_epochs=$epochs
     compile=""
     if [ "$epochs" -gt 1 ] 2>/dev/null; then compile=--compile; fi    # starting it takes half a minute
@@ -102,7 +112,7 @@ if [ -n "$command" ]; then
             --max_steps 1 --num_workers 0 --output_dir $work/tokenizer > $work/tokenizer.log
     fi
     if [ -n "${edit:-}" ]; then                                       # a constant of the script is changed
-        sed "$edit" energy_pretrain.py > $work/$curve.py
+        sed "$edit" ${command%% *} > $work/$curve.py
         command="$work/$curve.py ${command#* }"
         export PYTHONPATH=$PWD
     fi
@@ -111,7 +121,6 @@ if [ -n "$command" ]; then
             $compile --output_dir $run --resume > $run.log
         touch $run/done
     fi
-    start="--init $run/backbone.pt"
 fi
 
 commit=$(git rev-parse --short HEAD)
@@ -119,10 +128,7 @@ key() { echo "\"curve\": \"$curve\", \"epochs\": $epochs, \"lr\": $lr, \"seed\":
 for measure in ${MEASURES:-probe few2 few10}; do
     if [ $measure = probe ]; then                                     # ridge regression, three draws of 5,000 labels
         if grep -qF "$(key probe)" $results; then continue; fi
-        backbone_file=$run/backbone.pt
-        if [ "$curve" = scratch ]; then backbone_file=vit_nano; fi
-        if [ "$curve" = scratch_resnet ]; then backbone_file=resnet_nano; fi
-        $python .study/probe.py $work/data/tune_$split $backbone_file --seed $seed > $run.probe
+        $python .study/probe.py $work/data/tune_$split $run/backbone.pt > $run.probe
         while read -r line; do echo "{$(key probe), \"commit\": \"$commit\", ${line#\{}"; done < $run.probe >> $results
         continue
     fi
@@ -130,10 +136,12 @@ for measure in ${MEASURES:-probe few2 few10}; do
         if grep -qF "$(key $measure), \"tune_seed\": $tune_seed" $results; then continue; fi
         case $measure in
             few2)  tune="--label_fraction 0.0222 --epochs 20" ;;      # 1,000 images
+            few2_3e-3) tune="--label_fraction 0.0222 --epochs 20 --lr 3e-3" ;;
+            few2_*) tune="--label_fraction 0.0222 --epochs ${measure#few2_}" ;;    # few2_60: for 60 epochs
             few10) tune="--label_fraction 0.1 --epochs 10" ;;         # 4,500
         esac
         folder=$run/${measure}_$tune_seed
-        $python finetune.py --data $work/data/tune $start --recipe short $tune --seed $tune_seed \
+        $python finetune.py --data $work/data/tune --init $run/backbone.pt --recipe short $tune --seed $tune_seed \
             --num_workers 0 --output_dir $folder --resume > $run.$measure.log
         measured=$($python finetune.py --data $work/data/tune_$split --eval_only --num_workers 0 \
             --init $folder/checkpoint.pt | tail -n 1)
