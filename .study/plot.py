@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CROPS = 45_000                                                        # of an epoch
-MEASURES = {"few2": "fine-tuned on 1,000 labels", "few2_60": "fine-tuned on 1,000 labels for 60 epochs, not 20",
-            "few2_3e-3": "fine-tuned on 1,000 labels at a rate of 3e-3, not 1e-3",
-            "few10": "fine-tuned on 4,500 labels",
+MEASURES = {"few2": "fine-tuned on 1,000 labels, 20 epochs", "few2_60": "fine-tuned on 1,000 labels, 60 epochs",
+            "few2_3e-3": "fine-tuned on 1,000 labels, 20 epochs at a rate of 3e-3, not 1e-3",
+            "few10": "fine-tuned on 4,500 labels, 10 epochs",
             "probe": "ridge regression on frozen features, 5,000 labels"}
 LABELS = {"scratch": "no pretraining", "scratch_resnet": "ResNet: no pretraining",
           "scratch_groupnorm": "ResNet with energy's GroupNorm: no pretraining",
