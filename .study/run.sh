@@ -78,8 +78,6 @@ case $curve in                                                        # command,
     respix_depth2)   command="$cim $vit --gen_depth 2" best=1e-2 ;;
     respix_block)    command="$cim $vit --masking block --mask_ratio .4 .4" best=1e-2 ;;
     respix_mae)      command="cim_pretrain.py $vit --generator mae" best=1e-2 ;;
-    respix_crop0.2)  command="$cim $vit" best=1e-2 edit="s/(0.08, 1.0)/(0.2, 1.0)/" ;;
-    beit_crop0.2)    command="$cim $vit --objective none" best=3e-3 edit="s/(0.08, 1.0)/(0.2, 1.0)/" ;;
     respix_erase)    command="cim_pretrain.py $vit --generator erase" best=1e-2 ;;
     respix_resnet)   command="$cim $resnet" best=1e-3 ;;
     revdet)          command="$cim $vit --objective revdet" best=3e-3 ;;
@@ -112,7 +110,7 @@ else
             --max_steps 1 --num_workers 0 --output_dir $work/tokenizer > $work/tokenizer.log
     fi
     if [ -n "${edit:-}" ]; then                                       # a constant of the script is changed
-        sed "$edit" ${command%% *} > $work/$curve.py
+        sed "$edit" energy_pretrain.py > $work/$curve.py
         command="$work/$curve.py ${command#* }"
         export PYTHONPATH=$PWD
     fi
@@ -136,7 +134,6 @@ for measure in ${MEASURES:-probe few2 few10}; do
         if grep -qF "$(key $measure), \"tune_seed\": $tune_seed" $results; then continue; fi
         case $measure in
             few2)  tune="--label_fraction 0.0222 --epochs 20" ;;      # 1,000 images
-            few2_3e-3) tune="--label_fraction 0.0222 --epochs 20 --lr 3e-3" ;;
             few2_*) tune="--label_fraction 0.0222 --epochs ${measure#few2_}" ;;    # few2_60: for 60 epochs
             few10) tune="--label_fraction 0.1 --epochs 10" ;;         # 4,500
         esac
