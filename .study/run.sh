@@ -123,7 +123,7 @@ fi
 
 commit=$(git rev-parse --short HEAD)
 key() { echo "\"curve\": \"$curve\", \"epochs\": $epochs, \"lr\": $lr, \"seed\": $seed, \"split\": \"$split\", \"measure\": \"$1\""; }
-for measure in ${MEASURES:-probe few2 few10}; do
+for measure in ${MEASURES:-probe few2_60}; do
     if [ $measure = probe ]; then                                     # ridge regression, three draws of 5,000 labels
         if grep -qF "$(key probe)" $results; then continue; fi
         $python .study/probe.py $work/data/tune_$split $run/backbone.pt > $run.probe
@@ -133,9 +133,10 @@ for measure in ${MEASURES:-probe few2 few10}; do
     for tune_seed in ${TUNE_SEEDS:-0 1 2}; do
         if grep -qF "$(key $measure), \"tune_seed\": $tune_seed" $results; then continue; fi
         case $measure in
-            few2)  tune="--label_fraction 0.0222 --epochs 20" ;;      # 1,000 images
-            few2_*) tune="--label_fraction 0.0222 --epochs ${measure#few2_}" ;;    # few2_60: for 60 epochs
-            few10) tune="--label_fraction 0.1 --epochs 10" ;;         # 4,500
+            few2)    tune="--label_fraction 0.0222 --epochs 20" ;;    # 1,000 images
+            few2_*)  tune="--label_fraction 0.0222 --epochs ${measure#few2_}" ;;   # few2_60: for 60 epochs
+            few10)   tune="--label_fraction 0.1 --epochs 10" ;;       # 4,500
+            few10_*) tune="--label_fraction 0.1 --epochs ${measure#few10_}" ;;
         esac
         folder=$run/${measure}_$tune_seed
         $python finetune.py --data $work/data/tune --init $run/backbone.pt --recipe short $tune --seed $tune_seed \
