@@ -1,8 +1,8 @@
 """Ridge regression on the frozen features of a backbone: where a converged linear probe ends, in seconds.
 
-    python .study/probe.py DATA BACKBONE.pt [--by_block] [--sr_scale 4] [--labels 5000] [--tune_seeds 0 1 2]
+    python .study/probe.py DATA BACKBONE.pt [--by_block] [--sr_scale 4] [--tune_seeds 0 1 2]
 
-DATA holds train/CLASS/ and val/CLASS/. Each seed draws its own `labels` training images; all of val/ is used.
+DATA holds train/CLASS/ and val/CLASS/. Each seed draws its own 5,000 training images; all of val/ is used.
 Centre crops, standardised features, and the penalty with the least leave-one-out error. For a ViT it measures the
 patch mean (`mean`), the class token (`cls`) and both together (`both`), with --by_block of every block; `feature` is
 what the backbone returns. --sr_scale probes images of lower resolution, as pretraining on super-resolution sees them.
@@ -15,12 +15,14 @@ import sys
 
 import numpy as np
 import torch
-from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import models
+
+LABELS = 5000
 
 
 @torch.no_grad()
@@ -80,7 +82,6 @@ def main():
     p.add_argument("backbone")
     p.add_argument("--by_block", action="store_true")
     p.add_argument("--sr_scale", type=int, default=1)
-    p.add_argument("--labels", type=int, default=5000)
     p.add_argument("--tune_seeds", type=int, nargs="+", default=[0, 1, 2])
     args = p.parse_args()
     content = models.load_weights_file(args.backbone)
@@ -89,16 +90,12 @@ def main():
     models.load_weights(backbone, {key.removeprefix("backbone."): value for key, value in content["model"].items()})
     train_set = data.labelled_dataset(args.data, True, config["img_size"])
     val_set = data.labelled_dataset(args.data, False, config["img_size"])
-    draws = {seed: data.few_labels(train_set.targets, args.labels / len(train_set), seed)
+    draws = {seed: data.few_labels(train_set.targets, LABELS / len(train_set), seed)
              for seed in args.tune_seeds}
     used = sorted(set().union(*draws.values()))
     options = config["img_size"], args.by_block, args.sr_scale
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None                                          # averages over all batches
-    if norms:
-        extract(backbone.train(), train_set, used, *options)
+    crops = data.Transformed(train_set, data.center_transform(config["img_size"]), seed=0)
+    update_bn(DataLoader(crops, batch_size=250, sampler=[(0, index) for index in used]), backbone)
     backbone.eval()
     train, train_labels = extract(backbone, train_set, used, *options)
     test, test_labels = extract(backbone, val_set, range(len(val_set)), *options)
