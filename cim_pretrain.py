@@ -241,7 +241,7 @@ class CIM(nn.Module):
         from sec. A.1, which takes "a MAE-Base model": the network is the same as with tokens.
         """
         p = self.args.patch_size
-        patches = F.unfold(images, p, stride=p).transpose(1, 2)                # (B, N, 3 p p)
+        patches = models.patchify(images, p)                                   # (B, N, 3 p p)
         output, positions, masked = self.generator(images, mask)               # (B, K, 3 p p)
         place = positions[:, :, None].expand_as(output)
         masked = masked[:, :, None]                                            # (B, K, 1)
@@ -251,7 +251,7 @@ class CIM(nn.Module):
         with torch.no_grad():
             sampled = output + loss.sqrt() * torch.randn_like(output)
             patches = patches.scatter(1, place, torch.where(masked, sampled, original))
-            return loss, F.fold(patches.transpose(1, 2), images.shape[2:], p, stride=p)
+            return loss, models.unpatchify(patches, p, images.shape[3])
 
     def corrupt(self, images, mask, tokenizer):
         """-> (the generator's loss, golden tokens (B, N), tokens with samples (B, N), corrupted images).
@@ -292,12 +292,16 @@ class CIM(nn.Module):
         return gen_loss + WEIGHT[self.args.objective] * self.enhancer_loss(output, images, golden, tokens)
 
 
-def draw_mask(count, args, device):
-    """-> masks (count, N) of the patches hidden from the generator: True = masked."""
-    grid_size = args.img_size // args.patch_size
-    if args.masking == "block":
-        return data.block_mask(count, None, grid_size, args.mask_ratio).to(device)
-    return data.random_mask(count, None, grid_size, args.mask_ratio, device)
+def draw_mask(args):
+    """-> (N,) booleans, True = masked: the patches of an image that are hidden from the generator."""
+    draw = data.block_mask if args.masking == "block" else data.random_mask
+    return draw(args.img_size // args.patch_size, args.mask_ratio)
+
+
+def crop_and_mask(image, label, args):
+    """-> (a crop as bytes (3, H, W), its mask (N,)). The loader's workers draw masks, in time for the step."""
+    # Decision: the paper does not say how small a crop may be; 0.08 is from BEiT's code.
+    return data.pretrain_transform(args.img_size, (0.08, 1.0))(image), draw_mask(args)
 
 
 def normalize_target(images, target, patch_size):
@@ -391,7 +395,7 @@ def train_dvae(args, dataset, val_images):
         progress = min(1.0, step / (0.8 * args.tokenizer_steps))
         temperature = 1 / 16 + (1 - 1 / 16) * 0.5 * (1 + math.cos(math.pi * progress))
         torch.manual_seed(data.seed_from(args.seed, step, 0))
-        images = next(batches)[0].to(val_images.device)
+        images = data.from_bytes(next(batches)[0], val_images.device)
         loss = dvae_loss(dvae, tokenizer_view(dvae, images, args.patch_size), temperature)
         loss.backward()
         nn.utils.clip_grad_norm_(dvae.parameters(), 1.0)
@@ -573,7 +577,7 @@ def evaluate(model, images, tokenizer, args):
     """
     model.eval()
     torch.manual_seed(args.seed)
-    mask = draw_mask(len(images), args, images.device)
+    mask = torch.stack([draw_mask(args) for _ in images]).to(images.device)
     gen_loss, golden, tokens, corrupted = model.corrupt(images, mask, tokenizer)
     results = {"psnr_corrupted": psnr(corrupted, images)}
     if args.generator != "erase":
@@ -608,7 +612,7 @@ def save_picture(path, model, images, tokenizer, args):
     """
     model.eval()
     torch.manual_seed(args.seed)
-    mask = draw_mask(len(images), args, images.device)
+    mask = torch.stack([draw_mask(args) for _ in images]).to(images.device)
     grid_size = args.img_size // args.patch_size
 
     def enlarge(values):                                       # (B, N) -> (B, 1, H, W)
@@ -836,8 +840,8 @@ def main():
     resume = together(open_output, args.output_dir, args.resume, first_only=True)
     if args.data == "cifar10":
         together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
-    # Decision: the paper does not say how small a crop may be; 0.08 is from BEiT's code.
-    loader, val_images = together(data.pretraining_data, args, (0.08, 1.0), rank, world)
+    crop = partial(crop_and_mask, args=args)
+    loader, val_images = together(data.pretraining_data, args, crop, rank, world, device)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
@@ -848,7 +852,9 @@ def main():
 
     if args.compile:
         model.compile()
-    ddp = DistributedDataParallel(model) if world > 1 else model
+    ddp = model
+    if world > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
                                   lr=args.lr, betas=(0.9, 0.98), fused=True)
     dtype = amp_dtype(args.amp, device)
@@ -881,10 +887,11 @@ def main():
             lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-5, args.lr))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(data.seed_from(args.seed, step, rank))  # for masks and samples
+            torch.manual_seed(data.seed_from(args.seed, step, rank))  # for the samples
             for i in range(args.accum_steps):
-                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")  # pinned
-                mask = draw_mask(len(images), args, device)
+                images, mask = next(batches)
+                images = data.from_bytes(images, device)
+                mask = mask.to(device, non_blocking=True)
                 # DDP averages the gradients only after the last part of a batch.
                 ddp.require_backward_grad_sync = i == args.accum_steps - 1
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -270,13 +270,22 @@ TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]     
 
 
 def pretrain_transform(img_size, scale):
-    """PIL image -> (3, img_size, img_size): a random crop and flip.
+    """PIL image -> (3, img_size, img_size), uint8: a random crop and flip. from_bytes() normalises a batch.
 
     The crop covers a fraction U(*scale) of the image's area. Decision: the energy method passes (0.2, 1), as
     in MAE; CIM passes (0.08, 1), as in BEiT's code. Both flip, as CIM's text says; its Table 13 does not.
     """
     return v2.Compose([v2.ToImage(), v2.RandomResizedCrop(img_size, scale=scale, interpolation=BICUBIC),
-                       v2.RandomHorizontalFlip(), *TO_FLOAT])
+                       v2.RandomHorizontalFlip()])
+
+
+def from_bytes(images, device):
+    """uint8 images (B, 3, H, W) -> normalised float32 on the device.
+
+    Bytes are a quarter of the floats' size on their way from the loader's workers to the device, and 40 %
+    more crops leave a worker in a second if it need not convert them.
+    """
+    return normalize(images.to(device, non_blocking=True) / 255)
 
 
 def center_transform(img_size, crop_ratio=1.0):
@@ -354,9 +363,9 @@ def fixed_images(dataset, img_size, count=32):
 # ---------------------------------------------------------------- the order of the samples
 
 def default_workers():
-    """-> loader workers per process: this job's CPUs, divided among its processes on this machine."""
+    """-> loader workers per process: this job's CPUs, divided among its processes on this machine; up to 16."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class EpochSampler(DistributedSampler):
@@ -377,7 +386,7 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
 
 
-def pretraining_data(args, crop_scale, rank, world):
+def pretraining_data(args, transform, rank, world, device):
     """-> (loader of this process's training crops, held-out images).
 
     Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. There are at
@@ -390,11 +399,11 @@ def pretraining_data(args, crop_scale, rank, world):
         raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
                        f"{args.accum_steps} --accum_steps, and at most the {len(train_set)} training images "
                        f"of --data {args.data}")
-    crops = Transformed(train_set, pretrain_transform(args.img_size, crop_scale), args.seed)
+    crops = Transformed(train_set, transform, args.seed)
     sampler = EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // parts, drop_last=True,
                         num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-                        pin_memory=torch.cuda.is_available())
+                        pin_memory=device.type == "cuda")
     return loader, fixed_images(val_set, args.img_size)
 
 
@@ -530,45 +539,46 @@ def blank_patch_edges(images, generator, patch_size):
 
 
 # ---------------------------------------------------------------- masks of patches (CIM paper, sec. 2.1)
-# Each returns (count, grid_size^2) booleans, True = masked. `fraction` is (low, high).
+# Each returns the mask of one image, (grid_size^2,) booleans, True = masked. `fraction` is (low, high). The
+# random numbers are torch's own, which `Transformed` seeds.
 # Decision: the number of masked patches is drawn for each image, uniformly between low and high; the paper
 # only says "100 to 120" of 196.
 
-def random_mask(count, generator, grid_size, fraction, device="cpu"):
-    """Masks of single positions, drawn uniformly without replacement."""
+def random_mask(grid_size, fraction):
+    """A mask of single positions, drawn uniformly without replacement."""
     low, high = (round(bound * grid_size ** 2) for bound in fraction)
-    num_masked = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
-    uniform = torch.rand(count, grid_size ** 2, generator=generator, device=device)
-    return uniform.argsort(dim=1).argsort(dim=1) < num_masked
+    num_masked = torch.randint(low, high + 1, ()).item()
+    mask = torch.zeros(grid_size ** 2, dtype=torch.bool)
+    mask[torch.randperm(grid_size ** 2)[:num_masked]] = True
+    return mask
 
 
-def block_mask(count, generator, grid_size, fraction):
-    """Masks of rectangles, as in BEiT (Bao et al., 2021, algorithm 1): the number drawn, or sometimes fewer.
+def block_mask(grid_size, fraction):
+    """A mask of rectangles, as in BEiT (Bao et al., 2021, algorithm 1): the number drawn, or sometimes fewer.
 
     A rectangle's aspect ratio is log-uniform in (0.3, 1 / 0.3), its area uniform between the smallest and
     what is left to mask. A mask is finished when ten rectangles in a row do not fit.
     """
-    # In a Python loop per image, NumPy's random numbers cost far less than a tensor operation for each.
-    rng = np.random.default_rng(torch.randint(2 ** 62, (1,), generator=generator).item())
+    # In a Python loop, NumPy's random numbers cost far less than a tensor operation for each.
+    rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
     low, high = (round(bound * grid_size ** 2) for bound in fraction)
     smallest = grid_size ** 2 * 16 / 196     # Decision: BEiT's 16 patches of 196 as a fraction of any grid
-    masks = np.zeros((count, grid_size, grid_size), dtype=bool)
-    for mask in masks:
-        remaining = rng.integers(low, high + 1)
-        tries = 0
-        while remaining > 0 and tries < 10:
-            tries += 1
-            area = rng.uniform(*sorted((smallest, remaining)))
-            aspect = math.exp(rng.uniform(-1, 1) * math.log(0.3))
-            height = round(math.sqrt(area * aspect))
-            width = round(math.sqrt(area / aspect))
-            if 0 < height < grid_size and 0 < width < grid_size:
-                top = rng.integers(grid_size - height + 1)
-                left = rng.integers(grid_size - width + 1)
-                block = mask[top:top + height, left:left + width]
-                num_new = block.size - block.sum()
-                if 0 < num_new <= remaining:
-                    block[:] = True
-                    remaining -= num_new
-                    tries = 0
-    return torch.from_numpy(masks).flatten(1)
+    mask = np.zeros((grid_size, grid_size), dtype=bool)
+    remaining = rng.integers(low, high + 1)
+    tries = 0
+    while remaining > 0 and tries < 10:
+        tries += 1
+        area = rng.uniform(*sorted((smallest, remaining)))
+        aspect = math.exp(rng.uniform(-1, 1) * math.log(0.3))
+        height = round(math.sqrt(area * aspect))
+        width = round(math.sqrt(area / aspect))
+        if 0 < height < grid_size and 0 < width < grid_size:
+            top = rng.integers(grid_size - height + 1)
+            left = rng.integers(grid_size - width + 1)
+            block = mask[top:top + height, left:left + width]
+            num_new = block.size - block.sum()
+            if 0 < num_new <= remaining:
+                block[:] = True
+                remaining -= num_new
+                tries = 0
+    return torch.from_numpy(mask).flatten()

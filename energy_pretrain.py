@@ -259,7 +259,7 @@ class AutoEncoder(nn.Module):
             return loss, self.positions[0, logits.argmax(dim=2)]
 
         p = self.backbone.stride
-        patches = F.unfold(target, p, stride=p).transpose(1, 2)                      # (B, N, 3 p p)
+        patches = models.patchify(target, p)                                         # (B, N, 3 p p)
         tokens = self.embed(self.backbone.forward_tokens(x, keep=keep))              # (B, 1 + M, width)
         if keep is None:
             output = self.decode(tokens, self.positions)                             # (B, N, 3 p p)
@@ -276,7 +276,7 @@ class AutoEncoder(nn.Module):
             loss = (error * masked).sum() / (masked.sum() * error.shape[2])
             # For pictures and PSNR: de-normalised with the original's statistics; visible patches are copied.
             output = torch.where(masked > 0, output * std + mean, patches)
-        return loss, F.fold(output.detach().transpose(1, 2), target.shape[2:], p, stride=p)
+        return loss, models.unpatchify(output.detach(), p, target.shape[3])
 
 
 def corrupt_pixels(images, generator, task, args):
@@ -352,7 +352,9 @@ def build_model(args, images):
     else:
         is_mae = args.corrupt == "grid" and args.mask_cell == args.patch_size
         model = AutoEncoder(backbone, visible_only=is_mae, sort=args.corrupt == "sort")
-    model = model.to(images.device, memory_format=torch.channels_last)
+    # Channels-last makes convolutions faster, but on a GPU, GroupNorm converts it back and forth.
+    layout = torch.contiguous_format if args.model.startswith("resnet") else torch.channels_last
+    model = model.to(images.device, memory_format=layout)
     generator = torch.Generator(images.device).manual_seed(args.seed)
     batch = corrupt_batch(args.corrupt, images[:8], generator, model, args)
     unused = calibrate_and_freeze_unused(model, *batch)
@@ -439,11 +441,11 @@ def nearest_position(positions, x):
 def paste_patches(model, x, images, keep):
     """-> images (B, 3, H, W): each patch in `keep` is pasted where its position embedding in x points."""
     p = model.backbone.stride
-    patches = F.unfold(images, p, stride=p)                           # (B, C*p*p, N)
-    source = keep[:, None].expand(-1, patches.shape[1], -1)           # (B, C*p*p, M)
-    place = nearest_position(model.positions, x)[:, None].expand_as(source)
-    pasted = torch.zeros_like(patches).scatter(2, place, patches.gather(2, source))
-    return F.fold(pasted, images.shape[2:], p, stride=p)
+    patches = models.patchify(images, p)                              # (B, N, 3 p p)
+    source = keep[:, :, None].expand(-1, -1, patches.shape[2])        # (B, M, 3 p p)
+    place = nearest_position(model.positions, x)[:, :, None].expand_as(source)
+    pasted = torch.zeros_like(patches).scatter(1, place, patches.gather(1, source))
+    return models.unpatchify(pasted, p, images.shape[3])
 
 
 # ---------------------------------------------------------------- helpers, identical in all three scripts
@@ -645,16 +647,21 @@ def main():
     if args.data == "cifar10":
         together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
     # As in MAE, a crop covers at least a fifth of the image.
-    loader, val_images = together(data.pretraining_data, args, (0.2, 1.0), rank, world)
+    crop = data.pretrain_transform(args.img_size, (0.2, 1.0))
+    loader, val_images = together(data.pretraining_data, args, crop, rank, world, device)
     val_images = val_images.to(device)
     torch.manual_seed(args.seed)
     model, config, unused = together(build_model, args, val_images)
     tasks = MIX if args.corrupt == "mix" else (args.corrupt,)
 
+    # In bf16 and fp16, attention's MATH backend otherwise computes in fp32, which takes 28 % more memory.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False     # DDP's buckets would split the graph inside func.grad
         model.compile()
-    ddp = DistributedDataParallel(model) if world > 1 else model
+    ddp = model
+    if world > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)
     dtype = amp_dtype(args.amp, device)
@@ -689,7 +696,7 @@ def main():
                 group["lr"] = lr
             generator.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                images = next(batches)[0].to(device, non_blocking=device.type == "cuda")  # pinned
+                images = data.from_bytes(next(batches)[0], device)
                 x, target, context = corrupt_batch(args.corrupt, images, generator, model, args)
                 num_terms = max(1, args.energy_steps)
                 for n in range(num_terms):

@@ -465,7 +465,7 @@ def scheduled_rate(args, step, total_steps, warmup_steps):
 
 # ---------------------------------------------------------------- data and model
 
-def build_loader(args, train, rank, world):
+def build_loader(args, train, rank, world, pin_memory=False):
     """-> DataLoader of this process's training or validation images, with labels or masks. Raises BadInput.
 
     Order, crops and augmentation depend on (seed, epoch, index) alone, not on the number of processes.
@@ -498,7 +498,7 @@ def build_loader(args, train, rank, world):
     sampler = data.RepeatingSampler(dataset, world, rank, args.seed, args.batch_size, args.repeats)
     return DataLoader(data.Transformed(dataset, transform, args.seed), sampler=sampler, drop_last=True,
                       batch_size=args.batch_size // parts, num_workers=args.num_workers,
-                      persistent_workers=args.num_workers > 0, pin_memory=torch.cuda.is_available())
+                      persistent_workers=args.num_workers > 0, pin_memory=pin_memory)
 
 
 def build_mixing(args):
@@ -830,11 +830,13 @@ def main():
         return
 
     del content, weights                                              # --init's, now copied into the model
-    loader = together(build_loader, args, True, rank, world)
+    loader = together(build_loader, args, True, rank, world, device.type == "cuda")
     mix = build_mixing(args)
     if args.compile:
         model.compile()
-    ddp = DistributedDataParallel(model) if world > 1 else model
+    ddp = model
+    if world > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config = backbone_config(args, init_config)
@@ -870,7 +872,7 @@ def main():
             # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
             torch.manual_seed(data.seed_from(args.seed, step, rank))
             for i in range(args.accum_steps):
-                batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in next(batches)]
+                batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 images, labels = mix(batch)
                 # DDP averages the gradients only after the last part of a batch.
                 ddp.require_backward_grad_sync = i == args.accum_steps - 1

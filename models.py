@@ -28,6 +28,24 @@ from torchvision.ops import StochasticDepth
 
 # ---------------------------------------------------------------- Vision Transformer
 
+def patchify(images, p):
+    """(B, C, H, W) -> (B, N, C * p * p): the N = (H / p) * (W / p) patches of p x p pixels, in raster order.
+
+    The same as F.unfold with kernel and stride p, transposed; but that starts a GPU kernel for each image.
+    """
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)        # (B, h, w, C, p, p)
+    return x.reshape(B, (H // p) * (W // p), C * p * p)
+
+
+def unpatchify(patches, p, W):
+    """The inverse of patchify for images of width W: (B, N, C * p * p) -> (B, C, H, W)."""
+    B, N, D = patches.shape
+    w = W // p
+    x = patches.reshape(B, N // w, w, D // (p * p), p, p).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, p, w, p)
+    return x.reshape(B, D // (p * p), N // w * p, W)
+
+
 def sincos_2d(dim, grid_size):
     """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim).
 
@@ -66,13 +84,10 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))      # as a linear layer, which it is
 
     def forward(self, images):
-        B, C, H, W = images.shape
-        p = self.patch_size
         # A convolution whose stride is its kernel is a matrix product. Written as one, it is several times
         # faster on a CPU, most of all in the second derivative that the energy method takes.
-        x = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)    # (B, h, w, C, p, p)
-        x = x.reshape(B, (H // p) * (W // p), C * p * p)                            # (B, N, C*p*p)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)             # (B, N, dim)
+        x = patchify(images, self.patch_size)                        # (B, N, C*p*p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)    # (B, N, dim)
 
 
 class Attention(nn.Module):
@@ -88,7 +103,10 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B, h, N, D/h) each
-        x = F.scaled_dot_product_attention(q, k, v)                  # (B, h, N, D/h)
+        # Inside the energy's func.grad, CUDA's autocast would give attention's softmax another dtype than its
+        # derivative. Attention needs no autocast: q, k and v have its dtype already.
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v)              # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 

@@ -27,6 +27,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import cim_pretrain as CIM
 import data
@@ -42,6 +45,10 @@ AUTO = ["--method", "autoencoder"]
 TRAIN = ["--tokenizer", "train"]
 COMMON = ["--data", "images", "--batch_size", 8, "--lr", 1e-3, "--num_workers", 0, "--device", "cpu"]
 FLAGS = {ENERGY: [*COMMON, *VIT], CIM: [*COMMON, *VIT, "--tokenizer_steps", 3], FINE: COMMON}
+
+# The device of the last test, registered before autograd starts, which counts the devices then.
+_setup_privateuseone_for_python_backend("sim")
+torch.sim.get_amp_supported_dtype = list                              # none: autocast asks, though it is off
 
 
 @pytest.fixture(autouse=True)
@@ -340,10 +347,10 @@ def test_blank_patch_edges(patch_size, blanked):
 
 def test_masks_of_patches():
     fraction = (100 / 196, 120 / 196)
-    random = data.random_mask(500, torch.Generator(), 14, fraction)
+    random = torch.stack([data.random_mask(14, fraction) for _ in range(500)])
     assert set(random.sum(dim=1).tolist()) == set(range(100, 121))
     assert (random.float().mean(dim=0) - 110 / 196).abs().max() < 0.1
-    block = data.block_mask(100, torch.Generator(), 14, fraction)
+    block = torch.stack([data.block_mask(14, fraction) for _ in range(100)])
     assert block.sum(dim=1).max() <= 120
     assert block.sum(dim=1).float().mean() > 90
     for mask, low, high in ((block, 0.75, 1), (random, 0, 0.55)):     # how often neighbours are alike
@@ -707,6 +714,20 @@ def test_step_equals_autograd(scale):
         assert gradient.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)  # calibrated
 
 
+def test_attention_runs_with_autocast_off(monkeypatch):
+    """Inside func.grad, CUDA's autocast would make its MATH backend mix dtypes (a CPU's autocast does not)."""
+    seen = []
+
+    def attention(q, k, v):
+        seen.append((torch.is_autocast_enabled("cpu"), q.dtype))
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_vit()(torch.randn(2, 3, 16, 16))
+    assert seen == [(False, torch.bfloat16)] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(dtype):
     model = ENERGY.EnergyModel(tiny_vit())
@@ -778,7 +799,7 @@ def tiny_cim(*flags):
     tokenizer = models.DVAE(codes=32, width=8, embed_width=8, blocks=1).requires_grad_(False)
     tokenizer = tokenizer if args.tokenizer else None
     model, _ = CIM.build_model(args, 32 if args.tokenizer else None)
-    return model, tokenizer, torch.randn(4, 3, 16, 16), CIM.draw_mask(4, args, "cpu")
+    return model, tokenizer, torch.randn(4, 3, 16, 16), torch.stack([CIM.draw_mask(args) for _ in range(4)])
 
 
 def test_normalised_targets_equal_a_slow_loop():
@@ -1313,3 +1334,42 @@ def test_a_folder_has_one_run(tmp_path):
     assert result.returncode == 1
     assert "using" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- a device that is not the CPU
+
+class Elsewhere(torch.Tensor):
+    """A CPU tensor that says it is on the device "sim"."""
+    __torch_dispatch__ = classmethod(lambda *args: NotImplemented)    # Simulator computes
+
+    def __new__(cls, inner):
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
+                                                     dtype=inner.dtype, device="sim:0")
+        tensor.inner = inner
+        return tensor
+
+
+class Simulator(TorchDispatchMode):
+    """Computes on the CPU but, as on a GPU, only copies and CPU numbers may meet the other device's tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        ours = [leaf for leaf in leaves if isinstance(leaf, Elsewhere)]
+        others = [x for x in leaves if torch.is_tensor(x) and x.ndim and not isinstance(x, Elsewhere)]
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        assert copies or not (ours and others), f"{func} mixes devices: {[x.shape for x in others]} are on the CPU"
+        device = (kwargs or {}).get("device") or (ours[0].device if ours else torch.device("cpu"))
+        inner = tree_map_only(Elsewhere, lambda x: x.inner, (args, kwargs or {}))
+        out = func(*inner[0], **tree_map_only(torch.device, lambda _: torch.device("cpu"), inner[1]))
+        out = tree_map_only(torch.Tensor, Elsewhere, out) if device.type == "sim" else out
+        return return_and_correct_aliasing(func, args, kwargs or {}, out) if ours else out
+
+
+@pytest.mark.parametrize("script, flags", [
+    (ENERGY, []), (ENERGY, ["--corrupt", "sort"]), (ENERGY, [*AUTO, "--corrupt", "grid"]), (CIM, TRAIN),
+    (CIM, [*TRAIN, "--objective", "revdet", "--masking", "block"]), (FINE, [*VIT, "--recipe", "cim"]), (FINE, SEGMENT)])
+def test_nothing_mixes_devices(script, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu", new=torch.Generator: new())
+    with Simulator():
+        run_here(script, *flags, "--model", "vit_nano", "--patch_size", 4, "--max_steps", 1, "--device", "sim",
+                 "--output_dir", tmp_path)
