@@ -6,51 +6,45 @@ original pixels (RESPIX) or to detect the replaced tokens (REVDET). Only the enh
 none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3,
 but without its relative positions and LayerScale.
 
-    python cim_pretrain.py --model vit_nano --img_size 32 --patch_size 4 --tokenizer train       # one process
-    torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet           # one node
+    python cim_pretrain.py --recipe short                                                        # one process
+    torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet --compile  # one node
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        cim_pretrain.py --model resnet50 --objective revdet --data /path/to/imagenet             # two nodes
+        cim_pretrain.py --model resnet50 --objective revdet --data /path/to/imagenet --compile   # two nodes
 
-Measured: the first command with --tokenizer_steps 500 --batch_size 32 --lr 2e-3 --epochs 2 takes two and
-a half minutes on two AMD EPYC cores (torch 2.14, fp32). On held-out images, the tokenizer's PSNR is 21.1
-dB. The generator predicts 46 % of the masked tokens (chance: 1 %), and its samples replace 77 % of them.
-The PSNR is 17.5 dB for corrupted images, 19.1 for the enhancer's output and 15.6 for the window means
-alone. At 224 pixels, a ViT-S step takes 1.70 times as long as one of BEiT (--objective none --gen_depth
-12), both with the full-size dVAE in fp32.
+Measured: MEASURED
 """
-import argparse
-import fcntl
 import json
 import math
 import os
-import resource
 import sys
 import time
-from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid, save_image
 
 import data
 import models
+from data import number
 
 WEIGHT = {"respix": 10.0, "revdet": 1.0}    # the enhancer's loss weight (Table 13); the generator's is 1
+
+# --recipe short, our own: a small model on small images, in minutes on a CPU.
+SHORT = dict(model="vit_nano", img_size=32, patch_size=4, tokenizer="train", tokenizer_steps=500, batch_size=32,
+             lr=2e-3, epochs=2)
 
 
 # ---------------------------------------------------------------- arguments
 
 def parse_args():
-    p = Parser(description="Corrupted Image Modeling (Fang et al., ICLR 2023).",
-               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = data.Parser("Corrupted Image Modeling (Fang et al., ICLR 2023).")
     g = p.add_argument_group("data and model").add_argument
+    g("--recipe", choices=["short"], help="short: a small model on small images, in minutes on a CPU: "
+      + " ".join(data.as_flags(SHORT)))
     g("--data", default="shapes", help="'shapes' (built in), 'cifar10' (downloaded) or a folder of images")
     g("--model", default="vit_b", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g("--img_size", type=number(int, 8, 4096), default=224, help="side in pixels; 32 for CIFAR")
@@ -65,7 +59,7 @@ def parse_args():
       help="beit samples tokens, mae samples pixels (Table 10); erase: random erasing (sec. 3.3)")
     g("--masking", default="random", choices=["random", "block"], help="mask single patches or blocks")
     g("--mask_ratio", type=number(float, 0.01, 0.99), nargs=2, metavar=("LOW", "HIGH"),
-      help="bounds of the masked fraction; None: 100 to 120 of 196 patches, but 0.5 for mae and erase")
+      help="bounds of the masked fraction; if not given, 100 to 120 of 196 patches, but 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
       help="how tokens are drawn from beit's predictions (Table 7)")
     g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; for --objective none, "
@@ -74,33 +68,36 @@ def parse_args():
       help="blocks that a ViT shares with the generator, besides the patch embedding; 0: share nothing")
     g("--freeze_generator", metavar="FILE", help="use this checkpoint.pt's generator without training it")
     g("--tokenizer", choices=["dalle", "vqgan", "train"], help="published weights, or a small dVAE trained "
-      "first on the run's own images; None: dalle")
+      "first on the run's own images; if not given, dalle")
     g("--tokenizer_dir", help="folder with encoder.pkl and decoder.pkl (downloaded if missing), "
-      "vqgan.ckpt, or another run's dvae.pt; None: ./tokenizer, but train trains a new dVAE")
+      "vqgan.ckpt, or the dvae.pt of another run; if not given, ./tokenizer, but OUTPUT_DIR for train")
     g("--tokenizer_steps", type=number(int, 1), default=1000, help="training steps of --tokenizer train")
 
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=300, help="passes over the training images")
     # Decision: the paper warms up for 10 epochs, which would be most of a short run.
-    g("--warmup_epochs", type=number(float, 0), help="linear warm-up; None: 10, at most 10%% of the epochs")
+    g("--warmup_epochs", type=number(float, 0), help="linear warm-up; if not given, 10, at most a tenth of all")
     g("--batch_size", type=number(int, 1), default=2048, help="images per step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
-    g("--lr", type=number(float, 1e-12), help="peak rate; None: 1.5e-3 x batch_size / 2048; short runs: 2e-3")
+    g("--lr", type=number(float, 1e-12), help="peak learning rate; if not given, 1.5e-3 x batch_size / 2048; "
+      "runs of a few minutes want more")
     g("--weight_decay", type=number(float, 0, 10), default=0.05, help="on matrices and kernels only")
     g("--clip_grad", type=number(float, 0), default=3.0, help="largest gradient norm; 0: no clipping")
-    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
-    g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops, masks and samples")
+    data.add_run_flags(p)
+    g = p.add_argument_group("evaluation").add_argument
+    g("--eval_only", action="store_true", help="measure a trained checkpoint.pt on the images of --data, and write a "
+      "picture of them beside it; masks and sampling may differ from training")
+    g("--init", metavar="FILE", help="the checkpoint.pt to measure; if not given, OUTPUT_DIR/checkpoint.pt")
 
-    g = p.add_argument_group("machine").add_argument
-    g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
-    g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
-    g("--compile", action="store_true", help="torch.compile the step: slower to start, then faster")
-    g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
-      help="data loader workers per process")
-    g("--output_dir", help="where results go; None: runs/METHOD_MODEL (cim_respix, cim_revdet or beit)")
-    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
     args = p.parse_args()
+    if args.recipe == "short":
+        short = SHORT if args.generator == "beit" else {name: SHORT[name] for name in SHORT if "token" not in name}
+        args = p.parse_args([*data.as_flags(short), *sys.argv[1:]])   # of a flag given twice, the last one counts
+    if args.eval_only:
+        args.init = args.init or f"{args.output_dir or default_output_dir(args)}/checkpoint.pt"
+        args = p.parse_args([*data.as_flags(models.read_args(args.init)), *sys.argv[1:], "--init", args.init])
+    elif args.init:
+        p.error("--init is for --eval_only: leave it out")
 
     is_vit = args.model.startswith("vit")
     has_tokens = args.generator == "beit"
@@ -108,8 +105,6 @@ def parse_args():
                            or args.sampling != "softmax"):
         p.error(f"--generator {args.generator} has no tokens to sample or to detect: choose --objective "
                 "respix, and leave --tokenizer, --tokenizer_dir and --sampling out")
-    if args.freeze_generator and args.tokenizer == "train" and args.tokenizer_dir:
-        p.error("--freeze_generator comes with its own tokenizer: leave --tokenizer_dir out")
     if args.objective != "respix" and args.target != "window":
         p.error("--target is for --objective respix: leave it out")
     if args.freeze_generator and (args.objective == "none" or args.generator == "erase"):
@@ -118,13 +113,10 @@ def parse_args():
         p.error(f"--objective none trains the generator alone, a ViT, not {args.model}: choose a ViT")
     if has_tokens:
         args.tokenizer = args.tokenizer or "dalle"
-    if args.tokenizer in ("dalle", "vqgan"):
-        args.tokenizer_dir = args.tokenizer_dir or "tokenizer"
     # Layers are shared by a ViT enhancer and a generator that is trained with it; else --share is unused.
     if not is_vit or args.objective == "none" or args.generator == "erase" or args.freeze_generator:
         args.share = 0
-    method = "beit" if args.objective == "none" else f"cim_{args.objective}"
-    args.output_dir = args.output_dir or f"runs/{method}_{args.model}"
+    args.output_dir = args.output_dir or default_output_dir(args)
     args.lr = args.lr or 1.5e-3 * args.batch_size / 2048
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, 0.1 * args.epochs)
@@ -136,15 +128,14 @@ def parse_args():
         p.error(f"--mask_ratio {low} {high}: give the lower fraction first; it must mask at least one of "
                 f"{num_patches} patches and, with --masking block, 16 / 196 of them, BEiT's smallest block")
 
-    with torch.device("meta"):
-        stride = models.build_model(args.model, patch_size=args.patch_size).stride
-    if args.img_size % stride or stride % args.patch_size:
-        p.error(f"{args.model} has stride {stride}: it must divide --img_size {args.img_size} "
-                f"and be a multiple of --patch_size {args.patch_size}")
     parts = args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     if args.model.startswith("resnet") and args.batch_size <= parts:
         p.error("a ResNet's BatchNorm needs at least two images at a time: raise --batch_size")
     return args
+
+
+def default_output_dir(args):
+    return f"runs/{'beit' if args.objective == 'none' else f'cim_{args.objective}'}_{args.model}"
 
 
 # ---------------------------------------------------------------- the method
@@ -169,16 +160,16 @@ class Generator(nn.Module):
 
     def forward(self, images, mask):
         """Images (B, 3, H, W), mask (B, N) with True = masked -> (outputs (B, K, num_outputs), their
-        positions among the N patches (B, K), True where these are masked (B, K)).
+        indices among the N patches (B, K), True where these are masked (B, K)).
         """
         # Fixed shapes: the head sees K positions of each image, its masked ones first. If fewer than K are
         # masked, visible ones follow, which the third output marks False.
-        positions = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :self.max_masked]
+        indices = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :self.max_masked]
         x = self.vit.patch_embed(images)                       # (B, N, dim)
         x = torch.where(mask[:, :, None], self.mask_token, x)  # Eq. (1): replace(x, m, [MASK])
         x = self.vit.encode(x)[:, 1:]                          # (B, N, dim)
-        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))      # (B, K, dim)
-        return self.head(x).float(), positions, mask.gather(1, positions)
+        x = x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))      # (B, K, dim)
+        return self.head(x).float(), indices, mask.gather(1, indices)
 
 
 class CIM(nn.Module):
@@ -194,20 +185,26 @@ class CIM(nn.Module):
         return generator's loss + weight * enhancer's loss
 
     The enhancer is a backbone and one linear layer, whose outputs are rearranged to pixels or tokens. With
-    --objective none there is no enhancer, and `backbone` is the generator's ViT.
+    objective "none" there is no enhancer, and `backbone` is the generator's ViT. `generator` is a Generator or,
+    for random erasing, None. erase_area: (low, high), fractions of the image's area.
     """
 
-    def __init__(self, backbone, generator, args):
+    def __init__(self, backbone, generator, objective, patch_size, target="window", sampling="softmax",
+                 erase_area=(0.5, 0.5)):
         super().__init__()
         self.backbone = backbone
         self.generator = generator
-        self.args = args
-        if args.objective == "none":
+        self.objective = objective
+        self.patch_size = patch_size
+        self.target = target
+        self.sampling = sampling
+        self.erase_area = erase_area
+        if objective == "none":
             return
         # Decision: each cell of the backbone's map predicts all that it covers: stride x stride pixels, or
         # (stride / patch_size)^2 tokens, that is, 2 x 2 for a ResNet's stride of 32 and patches of 16.
-        side = backbone.stride if args.objective == "respix" else backbone.stride // args.patch_size
-        channels = 3 if args.objective == "respix" else 1
+        side = backbone.stride if objective == "respix" else backbone.stride // patch_size
+        channels = 3 if objective == "respix" else 1
         self.head = nn.Conv2d(backbone.width, channels * side ** 2, kernel_size=1)
         self.pixel_shuffle = nn.PixelShuffle(side)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -217,8 +214,8 @@ class CIM(nn.Module):
         """Images (B, 3, H, W), golden tokens (B, N), mask (B, N) with True = masked -> (the generator's loss,
         the tokens with its samples at the masked positions, or None if `sampling` is None).
         """
-        logits, positions, masked = self.generator(images, mask)               # (B, K, codes)
-        golden_there = golden.gather(1, positions)                             # (B, K)
+        logits, indices, masked = self.generator(images, mask)                 # (B, K, codes)
+        golden_there = golden.gather(1, indices)                               # (B, K)
         loss = F.cross_entropy(logits.flatten(0, 1), golden_there.flatten(), reduction="none")
         loss = (loss * masked.flatten()).sum() / masked.sum().clamp(min=1)     # -log p(g | x^masked)
         if sampling is None:
@@ -231,7 +228,7 @@ class CIM(nn.Module):
             else:
                 sampled = torch.randint_like(golden_there, logits.shape[2])
             # Eq. (2): x^corrupted = replace(g, m, x^sampled)
-            return loss, golden.scatter(1, positions, torch.where(masked, sampled, golden_there))
+            return loss, golden.scatter(1, indices, torch.where(masked, sampled, golden_there))
 
     def generate_pixels(self, images, mask):
         """The MAE-like generator (Table 10) -> (its loss, the images with sampled pixels in masked patches).
@@ -240,10 +237,9 @@ class CIM(nn.Module):
         the output; its variance is the batch's mean squared error, the maximum-likelihood estimate. Differs
         from sec. A.1, which takes "a MAE-Base model": the network is the same as with tokens.
         """
-        p = self.args.patch_size
-        patches = models.patchify(images, p)                                   # (B, N, 3 p p)
-        output, positions, masked = self.generator(images, mask)               # (B, K, 3 p p)
-        place = positions[:, :, None].expand_as(output)
+        patches = models.patchify(images, self.patch_size)                     # (B, N, 3 p p)
+        output, indices, masked = self.generator(images, mask)                 # (B, K, 3 p p)
+        place = indices[:, :, None].expand_as(output)
         masked = masked[:, :, None]                                            # (B, K, 1)
         original = patches.gather(1, place)                                    # (B, K, 3 p p)
         error = (output - original).square().mean(dim=2, keepdim=True)
@@ -251,45 +247,44 @@ class CIM(nn.Module):
         with torch.no_grad():
             sampled = output + loss.sqrt() * torch.randn_like(output)
             patches = patches.scatter(1, place, torch.where(masked, sampled, original))
-            return loss, models.unpatchify(patches, p, images.shape[3])
+            return loss, models.unpatchify(patches, self.patch_size, images.shape[3])
 
     def corrupt(self, images, mask, tokenizer):
-        """-> (the generator's loss, golden tokens (B, N), tokens with samples (B, N), corrupted images).
+        """-> (corrupted images, the generator's loss, what was replaced: True for tokens or patches (B, N)).
 
-        Both tokens are None for generators that use no tokenizer.
+        With random erasing, what was replaced is pixels: (B, 1, H, W).
         """
-        if self.args.generator == "erase":
-            # Decision: random erasing blanks one rectangle, whose area is drawn from --mask_ratio; the loss
-            # takes all pixels, as always in RESPIX.
-            corrupted = data.mask_random(images, None, count=1, area=self.args.mask_ratio)
-            return torch.zeros((), device=images.device), None, None, corrupted
-        if self.args.generator == "mae":
+        if self.generator is None:
+            # Decision: random erasing blanks one rectangle of a random area.
+            erased = data.random_rectangles(images, None, count=1, area=self.erase_area)
+            return images.masked_fill(erased, 0), torch.zeros((), device=images.device), erased
+        if tokenizer is None:
             loss, corrupted = self.generate_pixels(images, mask)
-            return loss, None, None, corrupted
-        golden = tokenize(tokenizer, images, self.args.patch_size)
-        loss, tokens = self.generate_tokens(images, golden, mask, self.args.sampling)
-        return loss, golden, tokens, detokenize(tokenizer, tokens, images.shape[3])
+            return corrupted, loss, mask
+        golden = tokenize(tokenizer, images, self.patch_size)
+        loss, tokens = self.generate_tokens(images, golden, mask, self.sampling)
+        return detokenize(tokenizer, tokens, images.shape[3]), loss, tokens != golden
 
     def enhance(self, corrupted):
         """(B, 3, H, W) -> normalised pixels (B, 3, H, W), or logits of being replaced (B, N)."""
         output = self.pixel_shuffle(self.head(self.backbone.forward_map(corrupted))).float()
-        return output if self.args.objective == "respix" else output.flatten(1)
+        return output if self.objective == "respix" else output.flatten(1)
 
-    def enhancer_loss(self, output, images, golden, tokens):
-        if self.args.objective == "revdet":
-            return F.binary_cross_entropy_with_logits(output, (tokens != golden).float())
-        target, _, _ = normalize_target(images, self.args.target, self.args.patch_size)
+    def enhancer_loss(self, output, images, replaced):
+        if self.objective == "revdet":
+            return F.binary_cross_entropy_with_logits(output, replaced.float())
+        pixels, _, _ = normalize_target(images, self.target, self.patch_size)
         # Sec. A.3: "a combination of l1 and l2 loss". Decision: both have weight 1.
-        return F.l1_loss(output, target) + F.mse_loss(output, target)
+        return F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
 
     def forward(self, images, mask, tokenizer):
         """-> the loss (). The tokenizer is an argument, not a submodule: it is neither trained nor saved."""
-        if self.args.objective == "none":
-            golden = tokenize(tokenizer, images, self.args.patch_size)
+        if self.objective == "none":
+            golden = tokenize(tokenizer, images, self.patch_size)
             return self.generate_tokens(images, golden, mask, sampling=None)[0]
-        gen_loss, golden, tokens, corrupted = self.corrupt(images, mask, tokenizer)
+        corrupted, gen_loss, replaced = self.corrupt(images, mask, tokenizer)
         output = self.enhance(corrupted)
-        return gen_loss + WEIGHT[self.args.objective] * self.enhancer_loss(output, images, golden, tokens)
+        return gen_loss + WEIGHT[self.objective] * self.enhancer_loss(output, images, replaced)
 
 
 def draw_mask(args):
@@ -383,12 +378,11 @@ def train_dvae(args, dataset, val_images):
         output.w *= gain.view(-1, 1, 1, 1)
         output.b.copy_(-gain * logits.mean(dim=(0, 2, 3)))
     optimizer = torch.optim.AdamW(dvae.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=1e-4)
-    sampler = data.EpochSampler(dataset.dataset, 1, 0, seed=args.seed)
-    loader = DataLoader(dataset, 32, sampler=sampler, num_workers=args.num_workers)
+    batch_size = min(32, len(dataset))
+    sampler = data.EndlessSampler(len(dataset), batch_size, seed=args.seed)
+    batches = iter(DataLoader(dataset, batch_size, sampler=sampler, num_workers=args.num_workers))
+    start = shown = time.time()
     for step in range(args.tokenizer_steps):
-        if step % len(loader) == 0:
-            sampler.set_epoch(step // len(loader))
-            batches = iter(loader)
         lr = learning_rate(step, args.tokenizer_steps, args.tokenizer_steps // 20, 3e-3)
         optimizer.param_groups[0]["lr"] = lr
         # Anneals the Gumbel-softmax from soft to nearly one-hot, as DALL-E does.
@@ -401,61 +395,61 @@ def train_dvae(args, dataset, val_images):
         nn.utils.clip_grad_norm_(dvae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 99 or step + 1 == args.tokenizer_steps:
-            print(f"tokenizer  step {step + 1}/{args.tokenizer_steps}  loss {loss.item():.4f}", flush=True)
+        if time.time() - shown > 10 or step == 0 or step + 1 == args.tokenizer_steps:
+            shown = time.time()
+            left = (shown - start) / (step + 1) * (args.tokenizer_steps - step - 1)
+            print(f"tokenizer  step {step + 1}/{args.tokenizer_steps}  loss {loss.item():.4f}  left {left:.0f} s",
+                  flush=True)
     return dvae
 
 
-def download_dalle(folder):
-    """Downloads DALL-E's two files (390 MB) unless they exist."""
-    for name in ("encoder.pkl", "decoder.pkl"):
-        try:
-            if not os.path.exists(f"{folder}/{name}"):
-                os.makedirs(folder, exist_ok=True)
-                torch.hub.download_url_to_file(models.DALLE_URL + name, f"{folder}/{name}")
-        except OSError as error:
-            raise data.BadInput(f"cannot download {models.DALLE_URL}{name} ({error}): put it into "
-                                f"--tokenizer_dir {folder}, or choose --tokenizer train") from None
-
-
 def read_tokenizer(name, folder):
-    """-> the tokenizer of this name, read from its files in the folder."""
+    """-> the tokenizer of this name, read from its files in the folder. Raises BadInput."""
     try:
         if name == "dalle":
             return models.load_dalle(f"{folder}/encoder.pkl", f"{folder}/decoder.pkl")
         if name == "vqgan":
             return models.load_vqgan(f"{folder}/vqgan.ckpt")
-        return models.load_dvae(models.load_weights_file(f"{folder}/dvae.pt")["model"])
-    except Exception as error:                  # a wrong file can raise errors of many types
-        raise data.BadInput(f"cannot read --tokenizer {name} from {folder} ({models.one_line(error)}): put "
-                            "its files there (see --tokenizer_dir in --help), or choose another") from None
+        content = models.read_file(f"{folder}/dvae.pt")
+        return models.load_dvae(content["model"] if isinstance(content, dict) and "model" in content else {})
+    except models.BadFile as error:
+        raise data.BadInput(f"cannot read --tokenizer {name} from {folder} ({error}): put its files there "
+                            "(see --tokenizer_dir in --help), or choose another") from None
 
 
-def read_or_train_dvae(args, dataset, val_images):
-    """-> the dVAE of --tokenizer train, which is also written to the output folder."""
-    if os.path.exists(f"{args.output_dir}/checkpoint.pt"):            # the run is resumed
-        folder = args.output_dir
-    elif args.freeze_generator:                                       # it was trained on that run's tokens
-        folder = os.path.dirname(args.freeze_generator) or "."
-    else:
-        folder = args.tokenizer_dir                                   # None: train a new one
-    dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images)
-    write_file(f"{args.output_dir}/dvae.pt", partial(torch.save, {"model": dvae.state_dict()}))
+def read_or_train_dvae(args, resume, dataset, val_images):
+    """-> the dVAE of --tokenizer train, on the CPU. The first process reads it, or trains and writes it."""
+    if not data.is_first():
+        return None
+    # A generator that is kept fixed was trained on the tokens of its own run's dVAE.
+    folder = args.tokenizer_dir or (os.path.dirname(args.freeze_generator or "") or args.output_dir)
+    if resume or args.tokenizer_dir or args.freeze_generator or os.path.exists(f"{folder}/dvae.pt"):
+        return read_tokenizer("train", folder)
+    dvae = train_dvae(args, dataset, val_images)
+    models.save(f"{folder}/dvae.pt", {"model": dvae.state_dict()})
     return dvae.cpu()
 
 
-def load_tokenizer(args, dataset, val_images, device, rank, world):
-    """-> the frozen tokenizer on the device; None if the generator needs no tokenizer."""
+def download_dalle(folder):
+    """The first process of each machine downloads DALL-E's two files (390 MB) unless they exist."""
+    for name in ("encoder.pkl", "decoder.pkl"):
+        if data.is_first_of_machine() and not os.path.exists(f"{folder}/{name}"):
+            data.download(models.DALLE_URL + name, f"{folder}/{name}", check=models.read_tensors)
+
+
+def load_tokenizer(args, resume, dataset, val_images):
+    """-> the frozen tokenizer on the images' device; None if the generator needs no tokenizer."""
     if args.tokenizer is None:
         return None
-    if args.tokenizer == "dalle":
-        together(download_dalle, args.tokenizer_dir, first_only=True)
-    if args.tokenizer == "train":
-        # Process 0 trains it, or reads a file that other machines may not have, and sends it to all.
-        tokenizer = together(read_or_train_dvae, args, dataset, val_images, first_only=True)
+    folder = args.tokenizer_dir or "tokenizer"
+    if args.tokenizer == "train":                              # other machines may not have its file
+        tokenizer = data.together(read_or_train_dvae, args, resume, dataset, val_images, share=True)
     else:
-        tokenizer = together(read_tokenizer, args.tokenizer, args.tokenizer_dir)
-    return tokenizer.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        if args.tokenizer == "dalle":
+            data.together(download_dalle, folder)
+        tokenizer = data.together(read_tokenizer, args.tokenizer, folder)
+    layout = torch.channels_last
+    return tokenizer.to(val_images.device, memory_format=layout).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- data and model
@@ -495,11 +489,11 @@ def build_generator(args, backbone, size, codes):
 
 def load_generator(generator, args):
     """Loads the generator's weights from --freeze_generator, an earlier run's checkpoint.pt (sec. A.1)."""
+    checkpoint = models.read_file(args.freeze_generator)
     try:
-        checkpoint = models.load_weights_file(args.freeze_generator)
-        for key in ("img_size", "patch_size", "gen_depth", "generator", "tokenizer"):
-            if checkpoint["args"][key] != getattr(args, key):
-                raise ValueError(f"--{key} was {checkpoint['args'][key]}, and is {getattr(args, key)} here")
+        for name in ("img_size", "patch_size", "gen_depth", "generator", "tokenizer"):
+            if checkpoint["args"][name] != getattr(args, name):
+                raise ValueError(f"--{name} was {checkpoint['args'][name]}, and is {getattr(args, name)} here")
         state = {key.removeprefix("generator."): value for key, value in checkpoint["model"].items()
                  if key.startswith("generator.")}
         models.load_finite(generator, state)
@@ -509,19 +503,41 @@ def load_generator(generator, args):
                             "the same generator") from None
 
 
-def build_model(args, codes):
-    """-> (the CIM model, its backbone's config); codes: how many the tokenizer has, None without one."""
+def backbone_config(args):
+    """-> the options of models.build_backbone, and what else fine-tuning wants to know of backbone.pt."""
+    return {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean",
+            "norm": "batch", "mean": data.MEAN, "std": data.STD, "objective": args.objective,
+            "method": "beit" if args.objective == "none" else "cim"}
+
+
+def build_model(args, codes, device):
+    """-> the CIM model on the device; codes: how many the tokenizer has, None without one. Raises BadInput."""
+    torch.manual_seed(args.seed)                               # again, whether a tokenizer was trained or not
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
-    config = {"model": args.model, **size, "norm": "batch"}
-    backbone = models.build_model(**config)
+    backbone = models.build_backbone(args.model, **size)
+    if args.img_size % backbone.stride or backbone.stride % args.patch_size:
+        raise data.BadInput(f"{args.model} has stride {backbone.stride}: it must divide --img_size "
+                            f"{args.img_size} and be a multiple of --patch_size {args.patch_size}")
     if isinstance(backbone, models.ViT):
         init_as_beit(backbone)
     generator = None if args.generator == "erase" else build_generator(args, backbone, size, codes)
     if args.objective == "none":
         backbone = generator.vit
-    config |= {"mean": data.MEAN, "std": data.STD, "objective": args.objective,
-               "method": "beit" if args.objective == "none" else "cim"}
-    return CIM(backbone, generator, args), config
+    model = CIM(backbone, generator, args.objective, args.patch_size, args.target, args.sampling, args.mask_ratio)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def prepare(args, resume, loader, codes, device):
+    """-> (model, optimizer, scaler, steps done). Raises BadInput and OSError."""
+    data.require_equal({**vars(args), "the number of images": len(loader.dataset)})
+    model = build_model(args, codes, device)
+    optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
+                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args.amp, device) == torch.float16)
+    step = 0
+    if resume:
+        step = models.restore("cim_pretrain", args, model, optimizer, scaler)["step"]
+    return model, optimizer, scaler, step
 
 
 # ---------------------------------------------------------------- what is measured and shown
@@ -532,30 +548,13 @@ def psnr(images, reference):
     return -10 * math.log10(max(error, 1e-10))
 
 
-def start_log(args, model, config, tokenizer, images, num_images, world, dtype, step):
-    """Prints what the run is going to do, and writes its arguments to log.jsonl.
-
-    Also tests the tokenizer on the held-out images: samples/tokenizer.png, PSNR, codes in use.
-    """
-    num_weights = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    per_part = args.batch_size // world // args.accum_steps
-    print(f"{config['method']} {args.objective} {args.model}: {num_weights / 1e6:.2f} M weights to train; "
-          f"generator {args.generator}\n"
-          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
-          f"{images.device.type}, amp {dtype}\n"
-          f"batch {args.batch_size} = {world} processes x {per_part} x {args.accum_steps} accumulated; "
-          f"peak lr {args.lr:.3g}; from step {step}", flush=True)
-    line = {"torch": torch.__version__, "torchvision": torchvision.__version__, "processes": world}
-    if tokenizer:
-        tokens = tokenize(tokenizer, images, args.patch_size)
-        restored = detokenize(tokenizer, tokens, args.img_size)
-        some = slice(None, None, max(1, len(images) // 8))
-        write_grid(f"{args.output_dir}/samples/tokenizer.png", [images[some], restored[some]])
-        line["tokenizer_psnr"] = round(psnr(restored, images), 2)
-        line["codes_used"] = len(tokens.unique())
-        print(f"tokenizer {args.tokenizer}: {line['tokenizer_psnr']} dB, {line['codes_used']} of "
-              f"{tokenizer.codes} codes in use on {len(images)} held-out images", flush=True)
-    write_log(args.output_dir, vars(args) | line | {"start_step": step})
+def show_tokenizer(args, tokenizer, images):
+    """Prints how well the tokenizer restores images (B, 3, H, W), and writes samples/tokenizer.png."""
+    tokens = tokenize(tokenizer, images, args.patch_size)
+    restored = detokenize(tokenizer, tokens, args.img_size)
+    print(f"tokenizer {args.tokenizer}: {psnr(restored, images):.2f} dB, {len(tokens.unique())} of "
+          f"{tokenizer.codes} codes in use on {len(images)} held-out images", flush=True)
+    data.save_grid(f"{args.output_dir}/samples/tokenizer.png", {"original": images[:8], "tokenizer": restored[:8]})
 
 
 def area_under_curve(scores, labels):
@@ -576,20 +575,19 @@ def evaluate(model, images, tokenizer, args):
     if all tokens are replaced, or none is.
     """
     model.eval()
-    torch.manual_seed(args.seed)
-    mask = torch.stack([draw_mask(args) for _ in images]).to(images.device)
-    gen_loss, golden, tokens, corrupted = model.corrupt(images, mask, tokenizer)
+    mask = fixed_masks(args, images)
+    corrupted, gen_loss, replaced = model.corrupt(images, mask, tokenizer)
     results = {"psnr_corrupted": psnr(corrupted, images)}
-    if args.generator != "erase":
+    if model.generator is not None:
         results["gen_loss"] = gen_loss.item()
-    if golden is not None:
+    if tokenizer is not None:
+        golden = tokenize(tokenizer, images, args.patch_size)
         best = model.generate_tokens(images, golden, mask, "argmax")[1]
-        replaced = tokens != golden
         results["gen_acc"] = (best == golden)[mask].float().mean().item()
         results["replaced"] = replaced[mask].float().mean().item()
     if args.objective != "none":
         output = model.enhance(corrupted)
-        results[f"{args.objective}_loss"] = model.enhancer_loss(output, images, golden, tokens).item()
+        results[f"{args.objective}_loss"] = model.enhancer_loss(output, images, replaced).item()
     if args.objective == "respix":
         _, mean, std = normalize_target(images, args.target, args.patch_size)
         results["psnr_template"] = psnr(mean, images)
@@ -602,7 +600,14 @@ def evaluate(model, images, tokenizer, args):
         results["recall"] = (hits / replaced.sum().clamp(min=1)).item()
         if replaced.any() and not replaced.all():
             results["auc"] = area_under_curve(output.flatten(), replaced.flatten())
+    model.train()
     return {name: round(value, 4) for name, value in results.items()}
+
+
+def fixed_masks(args, images):
+    """-> masks (B, N) of these images, the same in each call, as are all samples that are drawn after it."""
+    torch.manual_seed(args.seed)
+    return torch.stack([draw_mask(args) for _ in images]).to(images.device)
 
 
 @torch.no_grad()
@@ -611,106 +616,58 @@ def save_picture(path, model, images, tokenizer, args):
     them, the enhancer's output (respix), or the replaced tokens in white and the enhancer's guess (revdet).
     """
     model.eval()
-    torch.manual_seed(args.seed)
-    mask = torch.stack([draw_mask(args) for _ in images]).to(images.device)
+    images = images[::max(1, len(images) // 8)][:8]
+    mask = fixed_masks(args, images)
     grid_size = args.img_size // args.patch_size
 
     def enlarge(values):                                       # (B, N) -> (B, 1, H, W)
         values = values.float().view(-1, 1, grid_size, grid_size)
         return F.interpolate(values, scale_factor=args.patch_size)
 
-    columns = [images]
-    if args.generator != "erase":
-        columns.append(images * (1 - enlarge(mask)))
-    for _ in range(1 if args.generator == "erase" else 3):
-        _, golden, tokens, corrupted = model.corrupt(images, mask, tokenizer)
-        columns.append(corrupted)
+    columns = {"original": images}
+    if model.generator is not None:
+        columns["masked"] = images * (1 - enlarge(mask))
+    for i in range(1 if model.generator is None else 3):
+        corrupted, _, replaced = model.corrupt(images, mask, tokenizer)
+        columns[f"sample {i + 1}"] = corrupted
     if args.objective == "respix":
         _, mean, std = normalize_target(images, args.target, args.patch_size)
-        columns.append(model.enhance(corrupted) * std + mean)  # the original's statistics (sec. A.2)
+        columns["restored"] = model.enhance(corrupted) * std + mean    # the original's statistics (sec. A.2)
     if args.objective == "revdet":
-        for values in (tokens != golden, model.enhance(corrupted).sigmoid()):
-            columns.append(data.normalize(enlarge(values).expand_as(images)))
-    write_grid(path, columns)
+        for name, values in (("replaced", replaced), ("detected", model.enhance(corrupted).sigmoid())):
+            columns[name] = data.normalize(enlarge(values).expand_as(images))
+    data.save_grid(path, columns)
+    model.train()
 
 
-def write_grid(path, columns):
-    """Columns of normalised images (B, 3, H, W) as one PNG, a row per image."""
-    tiles = data.denormalize(torch.stack(columns, dim=1).flatten(0, 1))
-    tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / tiles.shape[3])), mode="nearest")
-    grid = make_grid(tiles, nrow=len(columns), pad_value=1)
-    write_file(path, partial(save_image, grid, format="png"))
+def evaluate_checkpoint(args, device):
+    """--eval_only: prints one line of numbers and writes one picture beside the checkpoint."""
+    images = data.fixed_images(data.unlabelled_dataset(args.data, None, args.img_size), args.img_size).to(device)
+    folder = os.path.dirname(args.init) or "."
+    tokenizer = None
+    if args.tokenizer:
+        default = folder if args.tokenizer == "train" else "tokenizer"
+        tokenizer = read_tokenizer(args.tokenizer, args.tokenizer_dir or default).to(device).requires_grad_(False)
+    model = build_model(args, tokenizer.codes if tokenizer else None, device)
+    models.restore("cim_pretrain", args, model, path=args.init)
+    print(json.dumps({"images": len(images)} | evaluate(model, images, tokenizer, args)), flush=True)
+    save_picture(f"{folder}/eval.png", model, images, tokenizer, args)
+    print(f"wrote {folder}/eval.png", flush=True)
 
 
 # ---------------------------------------------------------------- helpers, identical in all three scripts
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the usage of every flag."""
+def init_processes():
+    """-> (the flags, rank, number of processes, device), under torchrun or without it.
 
-    def error(self, message):
-        raise data.BadInput(f"{message} (see --help)")
-
-
-def number(kind, low, high=1e9):
-    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
-    return parse
-
-
-def init_processes(device):
-    """-> (rank, number of processes, device), read from torchrun's environment; one process without it."""
+    All processes meet before anything can fail, so that an error in one of them ends all.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator else "cpu"
-    try:
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-                raise RuntimeError("fewer GPUs than processes")
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (AssertionError, ImportError, RuntimeError) as error:
-        raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
-                            "auto, and start no more processes than the machine has GPUs") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
-        # The timeout is an hour, because the other processes wait while the first one downloads.
-        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
-    return rank, world, device
-
-
-def together(function, *args, first_only=False):
-    """-> function(*args), called in each process, or with first_only in the first one, whose result all get.
-
-    If it fails in one process, all raise that error.
-    """
-    result = error = None
-    try:
-        if not first_only or int(os.environ.get("RANK", 0)) == 0:
-            result = function(*args)
-    except (data.BadInput, OSError) as caught:
-        error = str(caught) or repr(caught)
-    if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (error, result if first_only else None))
-        error = next((outcome[0] for outcome in outcomes if outcome[0]), None)
-        result = outcomes[0][1] if first_only else result
-    if error:
-        if dist.is_initialized():
-            dist.destroy_process_group()                              # tells run() that all have the error
-        raise data.BadInput(error)
-    return result
+    if world > 1:                                                     # tensors on GPUs travel by nccl, others by gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    args = data.together(parse_args)
+    return args, rank, world, data.together(data.open_device, args.device)
 
 
 def amp_dtype(amp, device):
@@ -730,219 +687,103 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def open_output(folder, resume):
-    """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
-    results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
-    if results and not (resume and "checkpoint.pt" in results):
-        way_on = ", or add --resume to continue from it" if "checkpoint.pt" in results else ""
-        raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            f"one{way_on}")
-    try:
-        os.makedirs(f"{folder}/samples", exist_ok=True)
-        # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
-        fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
-        raise data.BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
-    return bool(results)
-
-
-def write_file(path, write):
-    """Calls write(temporary path) and renames the file, so that `path` never holds a half-written one."""
-    try:
-        write(path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:
-        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier file is kept; "
-                            "make room, then --resume") from None
-    finally:
-        with suppress(OSError):
-            os.remove(path + ".tmp")
-
-
-# The arguments that may change when a run is resumed. The others determine the method or the images' order.
-MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
-              "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
-
-
-def load_checkpoint(path, script, args, states):
-    """Loads a checkpoint.pt of this script into the states, {"model": model, ...}. -> the file's content."""
-    try:
-        checkpoint = models.load_weights_file(path)
-        conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
-                     if key not in MAY_CHANGE and getattr(args, key, value) != value]
-        if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
-        for name, state in states.items():
-            if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
-                state.load_state_dict(checkpoint[name])
-        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
-            if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the weights")
-        if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"its step count is {checkpoint['step']}")
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
-                            "needs the script, the flags and the folder of the run that wrote it") from None
-    return checkpoint
-
-
-def require_finite(value, step):
-    """-> the value: a loss, or a sum that includes one. Raises BadInput if it is not finite."""
-    if not math.isfinite(value):
-        raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
-                            "--resume with a lower --lr, or with --amp off")
-    return value
-
-
-def write_log(folder, line):
-    with open(f"{folder}/log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def peak_memory_mb(device):
-    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10   # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb)
-
-
-def run(main):
-    """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (data.BadInput, OSError, torch.OutOfMemoryError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-            time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
-        # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.BadInput: ")
-        sys.exit(f"error: {message}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume continues from the last checkpoint")
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0]
-            sys.exit(f"error: {reason} Lower --num_workers if memory is short, then --resume")
-        if not dist.is_initialized() or "onnection" not in str(error):
-            raise
-        sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")
-
-
 # ---------------------------------------------------------------- the loop
 
 def main():
-    args = parse_args()
-    rank, world, device = init_processes(args.device)
-    resume = together(open_output, args.output_dir, args.resume, first_only=True)
-    if args.data == "cifar10":
-        together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
+    args, rank, world, device = init_processes()
+    if args.eval_only:
+        return evaluate_checkpoint(args, device) if rank == 0 else None
+    resume = data.together(data.open_output, args, share=True)
     crop = partial(crop_and_mask, args=args)
-    loader, val_images = together(data.pretraining_data, args, crop, rank, world, device)
-    val_images = val_images.to(device)
+    loader, val_images = data.together(data.pretraining_data, args, crop, rank, world, device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args, loader.dataset, val_images, device, rank, world)
+    tokenizer = load_tokenizer(args, resume, loader.dataset, val_images)
     codes = tokenizer.codes if tokenizer else None
-    torch.manual_seed(args.seed)
-    model, config = together(build_model, args, codes)
-    model = model.to(device, memory_format=torch.channels_last)
+    model, optimizer, scaler, step = data.together(prepare, args, resume, loader, codes, device)
+    dtype = amp_dtype(args.amp, device)
 
     if args.compile:
         model.compile()
     ddp = model
     if world > 1:
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
-    dtype = amp_dtype(args.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checkpoint_path = f"{args.output_dir}/checkpoint.pt"
-    step = 0
-    if resume:
-        states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        step = together(load_checkpoint, checkpoint_path, "cim_pretrain", args, states)["step"]
 
     steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    if rank == 0:
-        start_log(args, model, config, tokenizer, val_images, len(loader.dataset), world, dtype, step)
+    data.start_log(args, f"{args.objective} {args.model}", model, loader.dataset, step, dtype)
+    if tokenizer and rank == 0:
+        show_tokenizer(args, tokenizer, val_images)
 
-    first_step, shown = step, time.time()
-    while step < last_step:
-        epoch = step // steps_per_epoch
-        epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
-        batches = iter(loader)
-        epoch_loss = torch.zeros((), device=device)
-        epoch_start = step
-        timed_from, start_time = step, time.time()
-        model.train()
-        while step < epoch_end:
-            # Decision: the learning rate falls to 1e-5, as in BEiT.
-            lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-5, args.lr))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(data.seed_from(args.seed, step, rank))  # for the samples
-            for i in range(args.accum_steps):
-                images, mask = next(batches)
-                images = data.from_bytes(images, device)
-                mask = mask.to(device, non_blocking=True)
-                # DDP averages the gradients only after the last part of a batch.
-                ddp.require_backward_grad_sync = i == args.accum_steps - 1
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = ddp(images, mask, tokenizer) / args.accum_steps
-                scaler.scale(loss).backward()
-                epoch_loss += loss.detach()
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            step += 1
+    data.catch_signals()
+    loader.sampler.step = first_step = line_step = timed_from = step
+    line_time = start_time = time.time()
+    batches = iter(loader)
+    loss_sum = torch.zeros((), device=device)                         # since the last line of the log
+    stop = False
+    model.train()
+    while step < last_step and not stop:
+        # Decision: the learning rate falls to 1e-5, as in BEiT.
+        lr = learning_rate(step, total_steps, warmup_steps, args.lr, floor=min(1e-5, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(data.seed_from(args.seed, step, rank))      # for the samples, which forward() draws
+        for i in range(args.accum_steps):
+            images, mask = next(batches)
+            images = data.from_bytes(images, device)
+            mask = mask.to(device, non_blocking=True)
+            # DDP averages the gradients only after the last part of a batch.
+            ddp.require_backward_grad_sync = i == args.accum_steps - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = ddp(images, mask, tokenizer) / args.accum_steps
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
 
-            if rank == 0 and time.time() - shown > 10:
-                loss = require_finite(epoch_loss.item() / (step - epoch_start), step)
-                shown = time.time()
-                seconds = (shown - start_time) / (step - timed_from)  # per step
-                print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
-                      f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
-                      f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
-            if step == first_step + 1:                                # warm-up and compilation: not timed
-                epoch_loss.item()                                     # waits for the GPU
-                timed_from, start_time = step, time.time()
-
-        # The end of an epoch, or of the run: the first process evaluates and writes.
-        loss = epoch_loss / ((step - epoch_start) * world)
-        if world > 1:
+        # A line of the log after the first step, every ten seconds, and at the end of an epoch or of the run.
+        stop = data.stop_requested()
+        epoch_ends = step % steps_per_epoch == 0 or step == last_step or stop
+        if not epoch_ends and (rank > 0 or step > first_step + 1 and time.time() - line_time < 10):
+            continue
+        loss = loss_sum / (step - line_step)
+        if epoch_ends and world > 1:
             dist.all_reduce(loss)
-        loss = loss.item()                                            # waits for the GPU
-        seconds = time.time() - start_time
-        memory = peak_memory_mb(device)                               # before evaluation adds to it
-        measured = evaluate(model, val_images, tokenizer, args) if rank == 0 else {}
-        together(require_finite, loss + sum(measured.values()), step)
+            loss /= world
+        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}   # waits for the GPU
+        seconds = (time.time() - start_time) / max(1, step - timed_from)
+        line |= {"img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
+        if epoch_ends:
+            data.together(data.check_finite, line, model)
+        if epoch_ends and rank == 0:
+            models.save(f"{args.output_dir}/checkpoint.pt",
+                        {"script": "cim_pretrain", "config": backbone_config(args), "args": vars(args),
+                         "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "scaler": scaler.state_dict()})
+            if not stop:
+                line |= evaluate(model, val_images, tokenizer, args)
+                path = f"{args.output_dir}/samples/step_{step:06d}.png"
+                save_picture(path, model, val_images, tokenizer, args)
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
-                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "peak_mem_mb": memory, **measured}
-            print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
-            write_log(args.output_dir, line)
-            save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
-                         val_images[::max(1, len(val_images) // 8)][:8], tokenizer, args)
-            content = {"script": "cim_pretrain", "config": config, "args": vars(args), "step": step,
-                       "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict()}
-            write_file(checkpoint_path, partial(torch.save, content))
+            data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
+        loss_sum.zero_()
+        line_step, line_time = step, time.time()
+        if epoch_ends or step == first_step + 1:                      # evaluation and compilation are not timed
+            timed_from, start_time = step, time.time()
+
+    if stop and step < last_step:
+        raise data.BadInput(f"stopped after step {step}; --resume continues from there")
     if rank == 0:
-        write_file(f"{args.output_dir}/backbone.pt",
-                   partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, samples/", flush=True)
+        models.save(f"{args.output_dir}/backbone.pt",
+                    {"model": model.backbone.state_dict(), "config": backbone_config(args)})
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/", flush=True)
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

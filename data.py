@@ -1,24 +1,39 @@
-"""Datasets, transforms, samplers, and corruptions and masks as functions of tensors.
+"""Datasets, transforms, one sampler, corruptions as functions of tensors, and what a run needs besides its loop.
 
 Datasets return (PIL image, label), and `Transformed` turns such a pair into (tensor, label). Image tensors
 are float32, (B, 3, H, W), normalised with MEAN and STD. A corruption mask is boolean, True = corrupted; a
 segmentation mask holds class numbers, 0 = unlabelled. This file imports nothing from the project.
 """
+import argparse
+import atexit
 import colorsys
+import errno
+import fcntl
+import hashlib
+import json
 import math
 import os
-from itertools import islice
+import resource
+import signal
+import sys
+import urllib.request
+import warnings
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from PIL import Image, ImageDraw, PngImagePlugin
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.utils import make_grid
 
 # Decision: ImageNet's mean and standard deviation for all data sets, as in MAE; BEiT's code has 0.5 for both.
 MEAN = (0.485, 0.456, 0.406)
@@ -28,10 +43,16 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 SMALL = 128                    # pixels; of smaller images, the crops for fine-tuning keep a larger fraction
 # Pillow may try only these formats: its EPS reader would start Ghostscript for a file of any name.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # a long text in a PNG is no reason to refuse its image
 
 
 class BadInput(Exception):
     """The user's input is unusable. The message is one sentence that names it and says how to fix it."""
+
+    def __init__(self, message):
+        # A loader's worker passes an error on as a traceback, which ends with the sentence.
+        super().__init__(" ".join(message.rpartition("BadInput: ")[2].split()))
 
 
 def seed_from(*numbers):
@@ -96,11 +117,17 @@ def open_image(path, formats=FORMATS):
     try:
         with Image.open(path, formats=formats) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
+    except Image.DecompressionBombError:
+        raise BadInput(f"the image {path} has too many pixels: make it smaller, or remove it") from None
     except Exception as error:          # Pillow raises OSError, SyntaxError, ValueError ... for broken files
-        raise BadInput(f"cannot read the image {path} ({' '.join(str(error).split())}): repair or delete it; "
+        raise BadInput(f"cannot read the image {path} ({error}): repair or delete it; "
                        f"it must be {' or '.join(formats)}") from None
+    with suppress(Exception):                                        # a broken EXIF block spoils no image
+        turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+                 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+        turn = turns.get(image.getexif().get(0x0112))                # the tag for the orientation
+        image = image.transpose(Image.Transpose[turn]) if turn else image
+    return image
 
 
 def read_rgb(path):
@@ -108,12 +135,15 @@ def read_rgb(path):
     image = open_image(path)
     # Pillow's own conversion would clip gray images of more than 8 bits, often to plain white or black.
     # Decision: integers have 16 bits; floats range from 0 to 1 if none is above 1, else from 0 to 255.
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    elif image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image))
-        scale = 255 if pixels.max() <= 1 else 1
-        image = Image.fromarray((scale * pixels).clip(0, 255).round().astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        full = 65535
+        if image.mode == "F":
+            full = 1 if pixels.max() <= 1 else 255
+        if not 0.1 * full < pixels.max() <= full:
+            warnings.warn(f"{path}: the brightest pixel is {pixels.max():g}, and {full} is taken for white; scale "
+                          "the images to that range, or they become black or white", stacklevel=2)
+        image = Image.fromarray((pixels / full * 255).clip(0, 255).round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -132,8 +162,32 @@ class Images(Dataset):
         return read_rgb(self.paths[index]), -1
 
 
+class ClassFolders(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders, which are no data."""
+
+    def __init__(self, folder):
+        super().__init__(folder, loader=read_rgb, is_valid_file=is_image)
+
+    def find_classes(self, directory):
+        names = [name for name in visible(os.listdir(directory)) if os.path.isdir(f"{directory}/{name}")]
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def visible(names):
+    """-> the sorted names that are data: no hidden ones, and not the folder that a Mac adds to zip files."""
+    return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
+
+
+def is_image(path):
+    name = os.path.basename(path)
+    return name.lower().endswith(EXTENSIONS) and bool(visible([name]))
+
+
 def find_images(folder):
-    """-> sorted paths of all image files below the folder. Links are followed, each folder once."""
+    """-> sorted paths of all image files below the folder. Links are followed, each folder once.
+
+    Prints how many files were left out because of their formats.
+    """
     def stop(error):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror}): "
                        "make it readable or move it out of the data")
@@ -141,15 +195,22 @@ def find_images(folder):
     # Two links to one folder must not count its images twice, and a link to a folder above is a loop.
     visited = set(Path(folder).resolve().parents)
     paths = []
+    others = Counter()
     for root, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
-        subfolders.sort()                                            # the same order on every machine
+        subfolders[:] = visible(subfolders)                          # the same order on every machine
         real_root = Path(root).resolve()
         if real_root in visited:
             subfolders.clear()                                       # os.walk then goes no deeper
-        else:
-            visited.add(real_root)
-            paths += [os.path.join(root, name) for name in names
-                      if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+            continue
+        visited.add(real_root)
+        for name in visible(names):
+            if is_image(name):
+                paths.append(os.path.join(root, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or "no extension"] += 1
+    if others and is_first():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+        print(f"{folder}: left out {others.total()} files of other formats ({kinds})", flush=True)
     return sorted(paths)
 
 
@@ -163,10 +224,12 @@ def cifar10(train=True):
 
 
 def unlabelled_dataset(name, train, img_size):
-    """The training or the held-out images of "shapes", "cifar10" or a folder. Raises BadInput.
+    """The training or the held-out images of "shapes", "cifar10" or a folder, with train=None val/ or all images
+    that are not split. Raises BadInput.
 
-    In a folder with train/ and val/, val/ is held out. Of any other tree of images, every tenth image is held
-    out, at most about 256 in all.
+    Of a folder that holds train/, val/ and nothing else but test/, val/ is held out. Of any other tree of
+    images, a hash of an image's path below the folder decides, so that adding or deleting others does not move it: one
+    of ten images is held out, one of 100 from 10,000 images on, and so forth.
     """
     if name == "shapes":
         return Shapes(train, img_size)
@@ -174,14 +237,20 @@ def unlabelled_dataset(name, train, img_size):
         return cifar10(train)
     if not os.path.isdir(name):
         raise BadInput(f"--data {name} is not a folder: give a folder of images, 'shapes' or 'cifar10'")
-    folder = f"{name}/train" if os.path.isdir(f"{name}/train") else name
-    if folder != name and os.path.isdir(f"{name}/val"):
+    inside = {entry for entry in visible(os.listdir(name)) if os.path.isdir(f"{name}/{entry}")}
+    is_split = "train" in inside and inside <= {"train", "val", "test"}
+    folder = f"{name}/train" if is_split else name
+    if is_split and "val" in inside:
         folder = folder if train else f"{name}/val"
         paths = find_images(folder)
     else:
         paths = find_images(folder)
-        held_out = set(paths[::max(10, len(paths) // 256)])
-        paths = [path for path in paths if (path in held_out) != train]
+        hashes = {path: int(hashlib.sha1(os.path.relpath(path, folder).encode("utf-8", "surrogateescape"))
+                            .hexdigest(), 16) for path in paths}
+        one_of = 10 ** max(1, len(str(len(paths))) - 3)
+        held_out = {path for path in paths if hashes[path] % one_of == 0}
+        held_out = held_out or set(sorted(paths, key=hashes.get)[:1])
+        paths = [path for path in paths if train is None or (path in held_out) != train]
     if not paths:
         raise BadInput(f"no image files to {'train on' if train else 'hold out'} in {folder}: "
                        "give --data a folder with train/ and val/, or one with at least two images")
@@ -196,17 +265,18 @@ def labelled_dataset(name, train, img_size):
     """
     if name in ("shapes", "cifar10"):
         return unlabelled_dataset(name, train, img_size)
-    classes = {}
     try:
-        for split in ("train", "val"):
-            classes[split], _ = torchvision.datasets.folder.find_classes(f"{name}/{split}")
-        if classes["train"] != classes["val"]:
-            raise BadInput(f"classes differ ({describe_difference(classes['train'], classes['val'])}): "
-                           f"give {name}/train and {name}/val the same class folders")
-        return torchvision.datasets.ImageFolder(f"{name}/{'train' if train else 'val'}", loader=read_rgb)
+        train_set, val_set = (ClassFolders(f"{name}/{split}") for split in ("train", "val"))
     except OSError as error:
         raise BadInput(f"--data {name} does not serve ({error}): give a folder with train/CLASS/ and "
                        "val/CLASS/, images in each class, 'shapes' or 'cifar10'") from None
+    if train_set.classes != val_set.classes:
+        raise BadInput(f"classes differ ({describe_difference(train_set.classes, val_set.classes)}): "
+                       f"give {name}/train and {name}/val the same class folders")
+    if len(train_set.classes) < 2:
+        raise BadInput(f"--data {name} has the single class {train_set.classes[0]}: give at least two, each in a "
+                       "folder of its own below train/ and val/")
+    return train_set if train else val_set
 
 
 def describe_difference(train_names, val_names, train_label="train", val_label="val"):
@@ -247,26 +317,72 @@ class Segmentation(Images):
         for path in self.masks:
             if not os.path.isfile(path):
                 raise BadInput(f"the mask {path} is missing: add it or remove its image")
+        some = range(0, len(self), math.ceil(len(self) / 50))        # at most 50 masks
+        found = set().union(*(np.unique(self.read_mask(index)).tolist() for index in some)) - {0}
+        if len(found) < 2:
+            raise BadInput(f"the masks in {root}/annotations/{split} have {len(found) or 'no'} classes besides "
+                           f"0, at least in the {len(some)} that were looked at: {self.CONVENTION}")
 
-    def __getitem__(self, index):
-        image, _ = super().__getitem__(index)
+    CONVENTION = "classes count from 1, and 0 is unlabelled; if yours count from 0, add 1, and make 255 a 0"
+
+    def read_mask(self, index):
+        """-> (H, W) int64"""
         path = self.masks[index]
         # Only PNG: it is lossless, and its pixels are integers (with a palette, the indices).
         mask = np.array(open_image(path, formats=["PNG"]), dtype=np.int64)
-        if mask.shape != image.size[::-1]:
-            raise BadInput(f"the mask {path} is {mask.shape}, its image {image.size[::-1]} high and wide: "
-                           "give both the same size, and the mask one channel")
+        if mask.ndim != 2:
+            raise BadInput(f"the mask {path} has {mask.shape[2]} channels: give it one, with class numbers")
         if mask.max() > self.num_classes:
             raise BadInput(f"the mask {path} has the label {mask.max()}, above --num_classes "
-                           f"{self.num_classes}: raise it, or set these pixels to 0, unlabelled")
+                           f"{self.num_classes}: {self.CONVENTION}")
+        return mask
+
+    def __getitem__(self, index):
+        image, _ = super().__getitem__(index)
+        mask = self.read_mask(index)
+        if mask.shape != image.size[::-1]:
+            raise BadInput(f"the mask {self.masks[index]} is {mask.shape}, its image {image.size[::-1]} high and "
+                           "wide: give both the same size")
+        if max(mask.shape) > 8 * min(mask.shape):                    # enlarged, it would take gigabytes
+            raise BadInput(f"the image {self.paths[index]} is {mask.shape} high and wide: cut it into parts")
         return image, tv_tensors.Mask(mask)
+
+
+class Readable(Dataset):
+    """For --check_data: index -> the error that an item of `dataset` raises, or an empty text."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            self.dataset[index]
+        except BadInput as error:
+            return str(error)
+        return ""
+
+
+def check_data(args, *datasets):
+    """With --check_data, opens every image and prints what is wrong with any. Raises BadInput if one cannot be read."""
+    if not args.check_data or not is_first():
+        return
+    errors = [error for dataset in datasets for error in
+              DataLoader(Readable(dataset), batch_size=None, num_workers=args.num_workers) if error]
+    print(*errors, f"{sum(map(len, datasets))} images were opened, {len(errors)} could not be used",
+          sep="\n", flush=True)
+    if errors:
+        raise BadInput(f"{len(errors)} images of --data {args.data} cannot be used, see above: repair or delete them")
 
 
 # ---------------------------------------------------------------- transforms
 # Transforms resize tensors of bytes where they can: torchvision's kernel takes a third of Pillow's time, and
 # the results differ by 0.025 of 255 levels on average.
 
-TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]      # leaves masks alone
+def to_float(mean, std):
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]          # leaves masks alone
 
 
 def pretrain_transform(img_size, scale):
@@ -288,13 +404,20 @@ def from_bytes(images, device):
     return normalize(images.to(device, non_blocking=True) / 255)
 
 
-def center_transform(img_size, crop_ratio=1.0):
+def center_transform(img_size, crop_ratio=1.0, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): short side resized to img_size / crop_ratio, centre crop."""
-    return v2.Compose([v2.ToImage(), v2.Resize(int(img_size / crop_ratio), interpolation=BICUBIC),
-                       v2.CenterCrop(img_size), *TO_FLOAT])
+    return v2.Compose([v2.ToImage(), v2.Lambda(limit_aspect, tv_tensors.Image),
+                       v2.Resize(int(img_size / crop_ratio), interpolation=BICUBIC),
+                       v2.CenterCrop(img_size), *to_float(mean, std)])
 
 
-def finetune_transform(img_size, randaug, erasing):
+def limit_aspect(image):
+    """Cuts the ends off an image that is over four times as long as wide: enlarged, it would take gigabytes."""
+    H, W = image.shape[-2:]
+    return v2.functional.center_crop(image, [min(H, 4 * W), min(W, 4 * H)])
+
+
+def finetune_transform(img_size, randaug, erasing, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
     Differs from CIM's paper: torchvision's RandAugment applies two operations of one fixed strength. The
@@ -308,13 +431,13 @@ def finetune_transform(img_size, randaug, erasing):
         # Strength s of 10 is bin s of 11. With torchvision's default of 31 bins, 9 would be a strength of 3.
         steps.append(v2.RandAugment(2, randaug, num_magnitude_bins=11, interpolation=BICUBIC,
                                     fill=MEAN_COLOR))
-    steps += [v2.ToImage(), *TO_FLOAT]
+    steps += [v2.ToImage(), *to_float(mean, std)]
     if erasing:
         steps.append(v2.RandomErasing(erasing, value="random"))
     return v2.Compose(steps)
 
 
-def segment_transform(img_size, train):
+def segment_transform(img_size, train, mean=MEAN, std=STD):
     """PIL image, Mask -> (3, H, W), (H, W). Validation takes the whole image at its own size.
 
     Training: short side resized to img_size x U(0.5, 2), random crop of img_size (padding is unlabelled),
@@ -326,14 +449,14 @@ def segment_transform(img_size, train):
         steps = [v2.RandomResize(img_size // 2, img_size * 2 + 1),
                  v2.RandomCrop(img_size, pad_if_needed=True, fill=fill),
                  v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()]
-    return v2.Compose([*steps, v2.ToImage(), *TO_FLOAT])
+    return v2.Compose([*steps, v2.ToImage(), *to_float(mean, std)])
 
 
 class Transformed(Dataset):
     """A dataset with a transform(image, label), whose random numbers depend on (seed, epoch, index) alone:
     neither on the number of workers or processes, nor on where a run was killed and resumed.
 
-    Its keys are the pairs (epoch, index) that EpochSampler yields.
+    Its keys are the pairs (epoch, index) that EndlessSampler yields.
     """
 
     def __init__(self, dataset, transform, seed):
@@ -368,70 +491,65 @@ def default_workers():
     return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class EpochSampler(DistributedSampler):
-    """DistributedSampler whose items are the keys of `Transformed`, pairs (epoch, index).
+class EndlessSampler(Sampler):
+    """The keys of `Transformed`, pairs (epoch, index), of one process for one optimizer step after the other, without end.
 
-    The seed of a crop depends on the epoch. A loader's worker processes live through all epochs and see only
-    the keys, so the keys have to carry the epoch.
+    Every epoch has its own order, of which each step takes the next `batch_size` images, shared out among the
+    processes in turn; the images that are too few for another step are left out. A resumed run sets `step`.
+
+    With `repeats` > 1 (repeated augmentation, Hoffer et al., 2019), each image appears that often in a batch, in
+    different crops. As in DeiT, an epoch is as long as without repeats, so it shows only 1 / repeats of the
+    images. A batch runs through its distinct images, then through them again. This keeps copies apart: MixUp and
+    CutMix mix each image with its neighbour, which must not be a copy of it. With 3 repeats, no neighbours are
+    copies, not even in accumulation parts, if each process has more than 10 images per step.
     """
 
-    skip = 0
-
-    def set_epoch(self, epoch, skip=0):
-        """Starts an epoch without this process's first `skip` samples, which a resumed run has seen."""
-        super().set_epoch(epoch)
-        self.skip = skip
+    def __init__(self, size, batch_size, rank=0, world=1, seed=0, repeats=1):
+        self.size = size
+        self.batch_size = batch_size                                 # of all processes
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.repeats = repeats
+        self.step = 0
 
     def __iter__(self):
-        return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
+        num_distinct = math.ceil(self.batch_size / self.repeats)
+        epoch, step = divmod(self.step, self.size // self.batch_size)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
+            for batch in range(step, self.size // self.batch_size):
+                for position in range(self.rank, self.batch_size, self.world):
+                    copy, image = divmod(position, num_distinct)
+                    # Copies differ in the key's "epoch", and therefore in the seed of their crops.
+                    yield epoch * self.repeats + copy, order[batch * num_distinct + image]
+            epoch, step = epoch + 1, 0
+
+
+def endless_loader(args, dataset, transform, rank, world, device, repeats=1):
+    """-> DataLoader of this process's batches, step after step, without end. Raises BadInput.
+
+    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes.
+    """
+    parts = world * args.accum_steps
+    if args.batch_size % parts or args.batch_size > len(dataset):
+        raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
+                       f"{args.accum_steps} --accum_steps, and at most the {len(dataset)} training images "
+                       f"of --data {args.data}")
+    sampler = EndlessSampler(len(dataset), args.batch_size, rank, world, args.seed, repeats)
+    return DataLoader(Transformed(dataset, transform, args.seed), sampler=sampler,
+                      batch_size=args.batch_size // parts, num_workers=args.num_workers,
+                      worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
 
 
 def pretraining_data(args, transform, rank, world, device):
-    """-> (loader of this process's training crops, held-out images).
-
-    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes. There are at
-    most 32 held-out images: (32, 3, H, W). Raises BadInput.
-    """
+    """-> (loader of this process's training crops, at most 32 held-out images (B, 3, H, W)). Raises BadInput."""
     train_set = unlabelled_dataset(args.data, True, args.img_size)
     val_set = unlabelled_dataset(args.data, False, args.img_size)
-    parts = world * args.accum_steps
-    if args.batch_size % parts or args.batch_size > len(train_set):
-        raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
-                       f"{args.accum_steps} --accum_steps, and at most the {len(train_set)} training images "
-                       f"of --data {args.data}")
-    crops = Transformed(train_set, transform, args.seed)
-    sampler = EpochSampler(train_set, world, rank, seed=args.seed, drop_last=True)
-    loader = DataLoader(crops, sampler=sampler, batch_size=args.batch_size // parts, drop_last=True,
-                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-                        pin_memory=device.type == "cuda")
-    return loader, fixed_images(val_set, args.img_size)
-
-
-class RepeatingSampler(EpochSampler):
-    """Repeated augmentation (Hoffer et al., 2019): each image appears `repeats` times in a batch, in
-    different crops. `batch_size` counts the images of all processes.
-
-    As in DeiT, an epoch is as long as without repeats, so it shows only 1 / repeats of the images. A batch
-    runs through its distinct images, then through them again. This keeps copies apart: MixUp and CutMix mix
-    each image with its neighbour, which must not be a copy of it. With 3 repeats, no neighbours are copies,
-    not even in accumulation parts, if each process has more than 10 images per step.
-    """
-
-    def __init__(self, dataset, world, rank, seed, batch_size, repeats=3, drop_last=True):
-        super().__init__(dataset, world, rank, seed=seed, drop_last=drop_last)
-        self.batch_size = batch_size
-        self.repeats = repeats
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        num_distinct = math.ceil(self.batch_size / self.repeats)
-        start = self.rank + self.skip * self.num_replicas
-        for position in range(start, self.total_size, self.num_replicas):
-            batch, position_in_batch = divmod(position, self.batch_size)
-            copy, image = divmod(position_in_batch, num_distinct)
-            # The copies differ in the key's "epoch", and therefore in the seed of their crops.
-            yield self.epoch * self.repeats + copy, order[batch * num_distinct + image]
+    check_data(args, train_set, val_set)
+    loader = endless_loader(args, train_set, transform, rank, world, device)
+    return loader, fixed_images(val_set, args.img_size).to(device)
 
 
 # ---------------------------------------------------------------- corruptions (energy paper, sec. 4.1)
@@ -446,10 +564,10 @@ def normalize(images):
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def denormalize(images):
+def denormalize(images, mean=MEAN, std=STD):
     """Normalised images (B, 3, H, W) -> [0, 1], clamped."""
-    channels = zip(images.unbind(dim=1), MEAN, STD)
-    return torch.stack([channel * std + mean for channel, mean, std in channels], dim=1).clamp(0, 1)
+    channels = zip(images.unbind(dim=1), mean, std)
+    return torch.stack([channel * s + m for channel, m, s in channels], dim=1).clamp(0, 1)
 
 
 def gray(images, generator):
@@ -477,8 +595,8 @@ def mask_grid(images, generator, cell, ratio):
     return images.masked_fill(grid_mask(images, generator, cell, ratio), 0)
 
 
-def mask_random(images, generator, count, area):
-    """Blanks `count` rectangles of area U(*area) and aspect ratio U(0.5, 2) each (Random, Table 1).
+def random_rectangles(images, generator, count, area):
+    """-> (B, 1, H, W), True = corrupted: `count` rectangles of area U(*area), aspect ratio U(0.5, 2) (Table 1).
 
     Decision: the paper's "size" is a fraction of the image's area; 75 small rectangles then cover about
     68 % of an image, 25 large ones 54 %. They are placed uniformly inside the image and may overlap.
@@ -497,8 +615,12 @@ def mask_random(images, generator, count, area):
     x = torch.arange(W, device=images.device) + 0.5
     rows = ((y >= top) & (y < top + height)).float()                 # (B, count, H)
     columns = ((x >= left) & (x < left + width)).float()             # (B, count, W)
-    mask = (rows.transpose(1, 2) @ columns > 0)[:, None]             # (B, 1, H, W), True = corrupted
-    return images.masked_fill(mask, 0)
+    return (rows.transpose(1, 2) @ columns > 0)[:, None]             # (B, 1, H, W)
+
+
+def mask_random(images, generator, count, area):
+    """Blanks the rectangles of `random_rectangles`."""
+    return images.masked_fill(random_rectangles(images, generator, count, area), 0)
 
 
 def low_resolution(images, generator, scale):
@@ -582,3 +704,325 @@ def block_mask(grid_size, fraction):
                 remaining -= num_new
                 tries = 0
     return torch.from_numpy(mask).flatten()
+
+
+# ---------------------------------------------------------------- a run: its flags, folder, log and errors
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, and whose --help shows each default."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
+
+    def error(self, message):
+        raise BadInput(f"{message} (see --help)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag, unless it is None: then the flag's own text says what is used."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind, low, high=1e9):
+    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
+    return parse
+
+
+def add_run_flags(parser):
+    """Adds the flags that have nothing to do with a method: they are the same in all scripts."""
+    g = parser.add_argument_group("run").add_argument
+    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
+    g("--seed", type=number(int, 0), default=0, help="fixes weights, order, crops and all other draws")
+    g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
+    g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
+    g("--compile", action="store_true",
+      help="torch.compile the step: advised on GPUs; a minute or two to start, then up to three times as fast")
+    g("--num_workers", type=number(int, 0, 1024), default=default_workers(),
+      help="data loader workers per process; a GPU takes about five")
+    g("--check_data", action="store_true", help="first open every image, and name all that cannot be read")
+    g("--output_dir", help="where results go; if not given, runs/METHOD_MODEL")
+    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
+
+
+def as_flags(values):
+    """{name: value} -> a command line that sets them."""
+    flags = []
+    for name, value in values.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not None and value is not False:
+            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return flags
+
+
+def is_first():
+    """True in the process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_first_of_machine():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def together(function, *args, share=False):
+    """-> function(*args), called in each process; with `share`, all get the first process's result.
+
+    If it fails in one process, all end with that error, which the first process of each machine prints.
+    """
+    if not dist.is_initialized():
+        return function(*args)
+    # Messages have a group of their own. It waits for a day, because a process may download or train meanwhile.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    result = error = None
+    try:
+        result = function(*args)
+    except (BadInput, OSError) as caught:
+        error = str(caught) or repr(caught)
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (error, result if share else None), group)
+    error = next((outcome[0] for outcome in outcomes if outcome[0]), None)
+    if error:
+        if is_first_of_machine():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier(group)                                           # torchrun ends the others once one has ended
+        sys.exit(1)
+    dist.destroy_process_group(group)
+    return outcomes[0][1] if share else result
+
+
+def require_equal(values):
+    """Ends the run unless {name: value} is the same in all processes: flags, or the number of images."""
+    if dist.is_initialized():
+        others = [None] * dist.get_world_size()
+        dist.all_gather_object(others, values)
+        names = [name for name in values if any(other.get(name) != others[0].get(name) for other in others)]
+        if names:
+            raise BadInput(f"the processes differ in {', '.join(names)}: start all machines with the same "
+                           "flags, and give them the same data")
+
+
+def open_device(name):
+    """-> torch.device: this process's GPU, or the CPU. Raises BadInput."""
+    try:
+        if name == "auto":
+            name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        if name == "cuda":
+            # torchrun shows all GPUs to each process, a scheduler may show each its own.
+            count = torch.cuda.device_count()
+            is_own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+            if 0 < count < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and not is_own:
+                raise RuntimeError("fewer GPUs than processes")
+            name = f"cuda:{0 if is_own else os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise BadInput(f"--device {name} does not work here ({str(error).splitlines()[0]}): choose "
+                       "auto, and start no more processes than the machine has GPUs") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def open_output(args):
+    """The first process creates and locks --output_dir. -> True if the run continues from its checkpoint.pt.
+
+    The first process of each machine fetches CIFAR-10 if --data asks for it. Raises BadInput.
+    """
+    if args.data == "cifar10" and is_first_of_machine():
+        cifar10()
+    if not is_first():
+        return None
+    folder = args.output_dir
+    results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
+    if results and not (args.resume and "checkpoint.pt" in results):
+        way_on = ", or add --resume to continue from it" if "checkpoint.pt" in results else ""
+        raise BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
+                       f"one{way_on}")
+    print(f"preparing {args.model} and --data {args.data}; results go to {folder}", flush=True)
+    try:
+        os.makedirs(f"{folder}/samples", exist_ok=True)
+        lock = os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR)     # never closed: it ends with the process
+        atexit.register(remove_unused, folder)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)              # the loader's workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            print(f"note: {folder} is on a file system without locks: start one run only", flush=True)
+        else:
+            in_use = error.errno in (errno.EAGAIN, errno.EACCES) and os.path.exists(f"{folder}/.lock")
+            reason = "another run is using it" if in_use else error.strerror
+            raise BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
+    return bool(results)
+
+
+def remove_unused(folder):
+    """A run that fails before it writes anything leaves no folder."""
+    with suppress(OSError):
+        os.rmdir(f"{folder}/samples")
+        os.remove(f"{folder}/.lock")
+        os.rmdir(folder)
+
+
+def download(url, path, check):
+    """Downloads a file, calls check(temporary path), and only then gives the file its name. Raises BadInput."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        print(f"downloading {url}", flush=True)
+        with urllib.request.urlopen(url) as response, open(f"{path}.part", "wb") as file:
+            while chunk := response.read(2 ** 20):
+                file.write(chunk)
+            size = int(response.headers.get("Content-Length", file.tell()))
+            if file.tell() != size:
+                raise OSError(f"only {file.tell()} of {size} bytes arrived")
+        check(f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, HTTPException) as error:
+        raise BadInput(f"cannot download {url} ({error or repr(error)}): put it at {path} by hand") from None
+    finally:
+        with suppress(OSError):
+            os.remove(f"{path}.part")
+
+
+def start_log(args, title, model, dataset, step, dtype):
+    """The first process prints what the run is going to do, writes args.json, and removes from log.jsonl what a
+    killed run logged after `step`, from which this one continues.
+    """
+    if not is_first():
+        return
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    fixed = [name for name, param in model.named_parameters() if not param.requires_grad]
+    classes = f" of {len(dataset.classes)} classes" if getattr(dataset, "classes", None) else ""
+    print(f"{title}: {trained / 1e6:.2f} M weights to train"
+          f"{'; fixed: ' + ', '.join(fixed[:4]) if fixed else ''}{', ...' if len(fixed) > 4 else ''}\n"
+          f"{args.data}: {len(dataset)} images{classes}, {len(dataset) // args.batch_size} steps an epoch; "
+          f"{next(model.parameters()).device.type}, amp {dtype}\n"
+          f"batch {args.batch_size} = {world} processes x {args.batch_size // world // args.accum_steps} x "
+          f"{args.accum_steps} accumulated; peak lr {args.lr:.3g}; from step {step}", flush=True)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    with open(f"{args.output_dir}/args.json", "w") as file:
+        json.dump(vars(args) | versions | {"processes": world, "start_step": step}, file, indent=1)
+    path = f"{args.output_dir}/log.jsonl"
+    if os.path.exists(path):
+        lines = [line for line in Path(path).read_text().splitlines() if json.loads(line)["step"] <= step]
+        Path(path).write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_log(args, line, left=None):
+    """Prints a line, {name: number}, and appends it to log.jsonl. left: the seconds until the run's end."""
+    line = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in line.items()}
+    text = "  ".join(f"{name} {value:g}" for name, value in line.items())
+    print(text + (f"  left {timedelta(seconds=round(left))}" if left is not None else ""), flush=True)
+    try:
+        with open(f"{args.output_dir}/log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise BadInput(f"cannot write {args.output_dir}/log.jsonl ({error.strerror}): make room, then --resume") from None
+
+
+def check_finite(line, model):
+    """Raises BadInput unless all numbers of a log line are finite, and the model's weights."""
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    bad += [name for name, param in model.named_parameters() if not param.isfinite().all()][:1]
+    if bad:
+        raise BadInput(f"{bad[0]} is not finite at or before step {line['step']}: the last checkpoint is kept; "
+                       "--resume with a lower --lr, or with --amp off")
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10   # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb)
+
+
+def save_grid(path, columns):
+    """{name: normalised images (B, 3, H, W)} -> a PNG with a column for each name, and a row for each image."""
+    tiles = denormalize(torch.stack(list(columns.values()), dim=1).flatten(0, 1))
+    tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / tiles.shape[3])), mode="nearest")
+    grid = make_grid(tiles, nrow=len(columns), pad_value=1)
+    save_page(path, grid, list(columns))
+
+
+def save_page(path, grid, names):
+    """Writes a picture (3, H, W) in [0, 1] under the names of its columns, which are equally wide."""
+    image = v2.functional.to_pil_image(grid.cpu())
+    page = Image.new("RGB", (image.width, image.height + 16), "white")
+    page.paste(image, (0, 16))
+    draw = ImageDraw.Draw(page)
+    for i, name in enumerate(names):
+        draw.text(((i + 0.5) * image.width / len(names), 8), name, "black", anchor="mm")
+    try:
+        page.save(f"{path}.tmp", format="png")
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror}): make room, then --resume") from None
+
+
+stop_signals = []                                                     # Ctrl-C or SIGTERM since the loop began
+
+
+def catch_signals():
+    """From now on, Ctrl-C and SIGTERM ask for a stop after the current step. A second Ctrl-C stops at once."""
+    def note(number, frame):
+        stop_signals.append(number)
+        if number == signal.SIGINT and stop_signals.count(number) > 1:
+            raise KeyboardInterrupt
+
+    stop_signals.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
+def ignore_ctrl_c(worker):
+    """For a loader's workers, which get the terminal's Ctrl-C too, and which the last step still needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop_requested():
+    """-> True in all processes if a signal has asked one of them to stop."""
+    requested = torch.tensor(len(stop_signals))
+    if dist.is_initialized():
+        dist.all_reduce(requested)
+    return bool(requested)
+
+
+# What errors of PyTorch's say, and what to do. Others keep their traceback.
+ADVICE = {"shared memory": "shared memory is full: in Docker, give --shm-size 8g, or take --num_workers 0",
+          "unable to open shared memory": "shared memory is full: in Docker, give --shm-size 8g",
+          "is killed by signal": "a data loader worker was killed, perhaps for want of memory: lower --num_workers",
+          "can't allocate memory": "the memory is full: raise --accum_steps, or lower --batch_size or --img_size",
+          "Too many open files": "too many files are open: lower --num_workers, or raise `ulimit -n`",
+          "onnection": "another process cannot be reached: see its error, then --resume",
+          "imed out": "another process did not answer: see its error, then --resume"}
+
+
+def run(main):
+    """Runs main(). An error that the user can mend ends it with one sentence."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")             # file names may hold anything
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: raise --accum_steps, or lower --batch_size or --img_size")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was trained since the last checkpoint is lost, --resume continues from there")
+    except (BadInput, OSError, RuntimeError) as error:
+        advice = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
+        if isinstance(error, BadInput) or (isinstance(error, OSError) and not advice):
+            advice = " ".join(str(error).split()) or repr(error)
+        if not advice:
+            raise
+        sys.exit(f"error: {advice}")

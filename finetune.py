@@ -6,40 +6,32 @@ energy (Wang et al., ICLR 2023, secs. A.1, B.4) and CIM (Fang et al., ICLR 2023,
 parameter names of timm, MAE or torchvision.
 
     python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short                    # one process
-    torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet
+    torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet --compile
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet            # two nodes
+        finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet --compile  # two nodes
 
-Measured on one core of an AMD EPYC, shared with other work, torch 2.14: after 600 steps of energy_pretrain.py
---corrupt sr (vit_nano, patches of 4, CIFAR-10), --recipe short --probe linear --epochs 2 reached 41.1 % top-1
-on 2,000 test images in seven minutes; ridge regression on centre crops of 5,000 training images, 41.8 %.
+Measured: MEASURED
 """
-import argparse
 import copy
-import fcntl
 import json
 import math
 import os
-import resource
 import sys
 import time
-from contextlib import suppress
-from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 import data
 import models
+from data import number
 
 
 # ---------------------------------------------------------------- recipes
@@ -91,8 +83,9 @@ SEGMENT = dict(epochs=127, lr=3e-4, batch_size=16, weight_decay=0.05, warmup_epo
 SEGMENT_RESNET = SEGMENT | dict(epochs=64, lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
                                 drop_path=0.0, power=0.9)
 
-# The config entries that describe a backbone, and their defaults where neither --init nor a flag sets any.
-BACKBONE = {"model": "vit_s", "img_size": 224, "patch_size": 16, "pool": "mean", "norm": "batch"}
+# The flags that describe a backbone, and their values where neither --init nor a flag sets any.
+BACKBONE = {"model": "vit_s", "img_size": 224, "patch_size": 16, "pool": "mean", "norm": "batch",
+            "mean": data.MEAN, "std": data.STD}
 # The other arguments that describe a model, which --eval_only takes from a checkpoint.pt, like BACKBONE's.
 HEAD = ("task", "num_classes", "probe", "head_norm", "loss", "label_smoothing", "test_size", "crop_ratio")
 
@@ -100,23 +93,30 @@ HEAD = ("task", "num_classes", "probe", "head_norm", "loss", "label_smoothing", 
 # ---------------------------------------------------------------- arguments
 
 def parse_args():
-    p = Parser(description="Fine-tuning and evaluation of pretrained backbones.",
-               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = data.Parser("Fine-tuning and evaluation of pretrained backbones.")
     g = p.add_argument_group("data and model").add_argument
     g("--data", default="shapes", help="'shapes' (drawn by the program), 'cifar10' (downloaded to ./data) or "
       "a folder: train/CLASS/ and val/CLASS/; for --task segment, ADE20K's layout")
-    g("--task", choices=["classify", "segment"], help="what to train for; None: classify")
-    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, other "
-      "weights; None: train from scratch")
-    g("--model", choices=models.MODELS, help="None: the one in --init, else vit_s")
-    g("--img_size", type=number(int, 8, 4096), help="side in pixels; None: --init's, else 224, "
-      "but 160 for rsb's 100 epochs and 512 to segment")
-    g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; None: --init's, else 16")
-    g("--num_classes", type=number(int, 2, 4096), help="to segment, not counting 0 (unlabelled); None: 150")
-    g("--label_fraction", type=number(float, 1e-6, 1), help="fraction of each class to train on; None: all")
+    g("--task", choices=["classify", "segment"], help="what to train for; if not given, classify")
+    g("--init", metavar="FILE", help="backbone.pt, checkpoint.pt or, with --model, a state dict (.pth, "
+      ".safetensors) of timm, DeiT, MAE, DINO or torchvision; if not given, training starts from scratch")
+    g("--model", choices=models.MODELS, metavar="NAME", help="if not given, the one in --init, else vit_s")
+    g("--img_size", type=number(int, 8, 4096), help="side in pixels; if not given, --init's, else 224, "
+      "but 160 for rsb's 100 epochs, and 512 to segment what was pretrained at 224")
+    g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; if not given, --init's, else 16")
+    g("--pool", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean; if not given, --init's, "
+      "else mean")
+    g("--norm", choices=["batch", "group"], help="a ResNet's; if not given, --init's, else batch")
+    g("--mean", type=number(float, 0, 1), nargs=3, metavar="M", help="of the pixels, which are normalised with it; "
+      "if not given, --init's, else ImageNet's")
+    g("--std", type=number(float, 0.001, 1), nargs=3, metavar="S", help="as --mean; .5 .5 .5 for timm's augreg ViTs")
+    g("--num_classes", type=number(int, 2, 4096),
+      help="to segment, not counting 0 (unlabelled); if not given, 150")
+    g("--label_fraction", type=number(float, 1e-6, 1),
+      help="fraction of each class to train on; if not given, all. Decision: drawn, not a published list")
 
-    g = p.add_argument_group("recipe (None: the recipe's value)").add_argument
-    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="None: rsb (by --epochs) for ResNets, else "
+    g = p.add_argument_group("recipe (if not given, the recipe's value)").add_argument
+    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="if not given, rsb (by --epochs) for ResNets, else "
       "that of the method that wrote --init, else energy; short: for small models, in minutes")
     g("--probe", choices=["linear", "mlp"], help="train only one layer, or three, on the frozen backbone")
     g("--head_norm", choices=["none", "layer", "batch"], help="norm before the linear layer; none: the "
@@ -130,55 +130,60 @@ def parse_args():
     g("--randaug", type=number(int, 0, 10), help="RandAugment's strength; 0: off")
     g("--erasing", type=number(float, 0, 1), help="probability of erasing a rectangle of an image")
 
-    g = p.add_argument_group("training (None: the recipe's value)").add_argument
+    g = p.add_argument_group("training (if not given, the recipe's value)").add_argument
     g("--epochs", type=number(int, 1), help="passes over the training images")
-    g("--warmup_epochs", type=number(float, 0), help="None: the recipe's, at most a fifth of the epochs")
+    g("--warmup_epochs", type=number(float, 0), help="the recipe's is at most a fifth of the epochs")
     g("--batch_size", type=number(int, 1), help="images per optimizer step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
-    g("--lr", type=number(float, 1e-12), help="peak rate; None: the recipe's, scaled with the batch size")
+    g("--lr", type=number(float, 1e-12), help="peak learning rate; the recipe's is scaled with the batch size")
     g("--weight_decay", type=number(float, 0, 10), help="the optimizer's, on matrices and kernels only")
     g("--clip_grad", type=number(float, 0), help="largest gradient norm; 0: no clipping")
-    g("--max_steps", type=number(int, 1), help="stop after this many steps (smoke runs, benchmarks)")
-    g("--seed", type=number(int, 0), default=0, help="fixes weights, order, augmentation and the few labels")
+    data.add_run_flags(p)
+    p.add_argument("--eval_only", action="store_true",
+                   help="measure the checkpoint.pt in --init or OUTPUT_DIR, and write nothing")
 
-    g = p.add_argument_group("machine").add_argument
-    g("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device's name")
-    g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-      help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
-    g("--compile", action="store_true", help="torch.compile the step: a minute or two to start, then faster")
-    g("--num_workers", type=number(int, 0, 1024), default=data.default_workers(),
-      help="data loader workers per process")
-    g("--output_dir", help="where results go; None: runs/finetune_MODEL")
-    g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
-    g("--eval_only", action="store_true", help="measure --init or OUTPUT_DIR/checkpoint.pt, write nothing")
-    args = p.parse_args()
-    if args.eval_only and not args.init:
-        if not args.output_dir:
-            p.error("--eval_only needs a checkpoint to measure: give --init or --output_dir")
-        args.init = f"{args.output_dir}/checkpoint.pt"
+    typed = p.parse_args()                                            # what is not typed is None
+    if typed.eval_only:
+        return resolve_from_checkpoint(p, typed)
+    config = read_config(typed.init) if typed.init else {}
+    typed.task = typed.task or "classify"
+    typed.model = typed.model or config.get("model", BACKBONE["model"])
+    refuse_unused(p, typed)
+    recipe = choose_recipe(typed, config)
+    backbone = {name: config.get(name, default) for name, default in BACKBONE.items() if name not in recipe}
+    settings = {"task": typed.task, **backbone, **recipe, "num_classes": 150,
+                "output_dir": f"runs/finetune_{typed.model}"}
+    args = p.parse_args([*data.as_flags({name: value for name, value in settings.items() if hasattr(typed, name)}),
+                         *sys.argv[1:]])                              # of a flag given twice, the last one counts
+    for name, value in settings.items():                              # a recipe's values that have no flag
+        if not hasattr(args, name):
+            setattr(args, name, value)
+    args.recipe_values = {name: getattr(args, name) for name in recipe}
+    args.config = {name: config[name] for name in ("method", "objective") if name in config}
     return args
 
 
-def read_init(path):
-    """Reads --init -> (the file's content, the backbone's state dict, its config). Raises BadInput."""
-    if not path:
-        return {}, {}, {}
-    try:
-        content = models.load_weights_file(path)
-        weights = content.get("model", content.get("state_dict", content))
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}      # DDP's prefix
-    except (AttributeError, ValueError) as error:
-        raise data.BadInput(f"--init {path} holds no weights ({error}): give a backbone.pt, a checkpoint.pt "
-                            "or a state dict") from None
-    # A checkpoint.pt holds the whole model, of which the backbone is a part.
-    backbone = {key.removeprefix("backbone."): value for key, value in weights.items()
-                if key.startswith("backbone.")}
-    given = content.get("config")
-    given = given if isinstance(given, dict) else {}
-    # The config of a foreign file may have values of other types under these names.
-    config = {key: given[key] for key in (*BACKBONE, "method", "objective")
-              if given.get(key) and isinstance(given[key], type(BACKBONE.get(key, "")))}
-    return content, backbone or weights, config
+def read_config(path):
+    """-> the config in a backbone.pt or checkpoint.pt; nothing if there is none, or what other programs wrote."""
+    content = models.read_file(path)
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or config.get("model") not in models.MODELS:
+        return {}
+    return {name: config[name] for name in (*BACKBONE, "method", "objective") if name in config}
+
+
+def refuse_unused(p, typed):
+    """Raises BadInput for a flag that the task does not use."""
+    setting, unused = f"--task {typed.task}", ["num_classes"]
+    if typed.task == "segment":
+        unused = ["recipe", "probe", "label_fraction", *(name for name in CIM if name not in SEGMENT)]
+    elif typed.probe:
+        setting, unused = "--probe", ["num_classes", "drop_path", "layer_decay"]
+    for name in unused:
+        if getattr(typed, name, None) is not None:
+            p.error(f"{setting} takes no --{name}: leave it out")
+    if typed.layer_decay not in (None, 1) and not typed.model.startswith("vit"):
+        p.error(f"--layer_decay is for ViTs, not {typed.model}: leave it out")
 
 
 def choose_recipe(args, config):
@@ -210,10 +215,13 @@ def choose_recipe(args, config):
         if recipe.get("head_norm") == "layer":
             recipe["head_norm"] = "none"
 
-    if args.task == "classify":
+    size = args.img_size or config.get("img_size", 224)
+    if args.task == "segment":
+        # What was pretrained at another size than the papers' is segmented at its own.
+        recipe["img_size"] = size if size != 224 else recipe["img_size"]
+    else:
         # Table 15's 100 epochs train ResNets at 160 pixels and test them at 224, unless --img_size or the
         # pretraining sets one size. All others have one.
-        size = args.img_size or config.get("img_size", 224)
         if args.img_size or size != 224 or is_vit:
             recipe |= {"img_size": size, "test_size": size}
         # Decision: small images are tested as a whole, not enlarged and cropped.
@@ -225,45 +233,26 @@ def choose_recipe(args, config):
     return recipe
 
 
-def resolve_from_checkpoint(args, content):
-    """Takes the model's settings from --init, a checkpoint.pt of this script. Raises BadInput."""
-    if content.get("script") != "finetune" or not isinstance(content.get("args"), dict):
-        raise data.BadInput(f"--eval_only measures a checkpoint.pt of finetune.py, and {args.init} is not "
-                            "one: leave --eval_only out and train a head first")
-    for key in (*BACKBONE, *HEAD):
-        value = content["args"].get(key)
-        if getattr(args, key, None) not in (None, value):
-            raise data.BadInput(f"--eval_only measures {args.init} as it was trained, with --{key} {value}: "
-                                f"leave --{key} out")
-        setattr(args, key, value)
-
-
-def resolve(args, content, config):
-    """Sets what no flag has set: the model from --init's config, the rest from the recipe. -> the recipe.
-
-    With --eval_only, there is no recipe. Raises BadInput for a flag that the task does not use.
-    """
-    if args.eval_only:
-        return resolve_from_checkpoint(args, content)
-    args.task = args.task or "classify"
-    args.model = args.model or config.get("model", BACKBONE["model"])
-    setting, unused = f"--task {args.task}", ["num_classes"]
-    if args.task == "segment":
-        unused = ["recipe", "probe", "label_fraction", *(name for name in CIM if name not in SEGMENT)]
-    elif args.probe:
-        setting, unused = "--probe", ["num_classes", "drop_path", "layer_decay"]
-    for name in unused:
-        if getattr(args, name, None) is not None:
-            raise data.BadInput(f"{setting} takes no --{name}: leave it out")
-    if args.layer_decay not in (None, 1) and not args.model.startswith("vit"):
-        raise data.BadInput(f"--layer_decay is for ViTs, not {args.model}: leave it out")
-    recipe = choose_recipe(args, config)
-    defaults = BACKBONE | {key: config[key] for key in BACKBONE if key in config} | recipe
-    defaults |= {"num_classes": 150, "output_dir": f"runs/finetune_{args.model}"}
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    return recipe
+def resolve_from_checkpoint(p, typed):
+    """-> the arguments for --eval_only: a checkpoint.pt of this script says what was trained. Raises BadInput."""
+    if not typed.init and not typed.output_dir:
+        p.error("--eval_only needs a checkpoint to measure: give --init or --output_dir")
+    typed.init = typed.init or f"{typed.output_dir}/checkpoint.pt"
+    content = models.read_file(typed.init)
+    if not isinstance(content, dict) or content.get("script") != "finetune":
+        p.error(f"--eval_only measures a checkpoint.pt of finetune.py, and {typed.init} is not one: leave "
+                "--eval_only out and train a head first")
+    saved = content["args"] if isinstance(content.get("args"), dict) else {}
+    for name in (*BACKBONE, *HEAD):
+        if getattr(typed, name, None) not in (None, saved.get(name)):
+            p.error(f"--eval_only measures {typed.init} as it was trained, with --{name} {saved.get(name)}: "
+                    f"leave --{name} out")
+    flags = {name: saved.get(name) for name in (*BACKBONE, *HEAD) if hasattr(typed, name)}
+    args = p.parse_args([*data.as_flags(flags), *sys.argv[1:], "--init", typed.init])
+    args.loss, args.drop_path = saved.get("loss"), 0.0
+    args.test_size = number(int, 8, 4096)(saved.get("test_size") or args.img_size)
+    args.crop_ratio = number(float, 0.1, 1)(saved.get("crop_ratio") or 1.0)
+    return args
 
 
 # ---------------------------------------------------------------- what is trained
@@ -465,40 +454,33 @@ def scheduled_rate(args, step, total_steps, warmup_steps):
 
 # ---------------------------------------------------------------- data and model
 
-def build_loader(args, train, rank, world, pin_memory=False):
-    """-> DataLoader of this process's training or validation images, with labels or masks. Raises BadInput.
-
-    Order, crops and augmentation depend on (seed, epoch, index) alone, not on the number of processes.
-    """
+def build_data(args, rank, world, device):
+    """-> (loader of training batches, loader of this process's part of the validation images). Raises BadInput."""
     if args.task == "segment":
-        dataset = data.Segmentation(args.data, train, args.num_classes)
-        transform = data.segment_transform(args.img_size, train)
+        train_set, val_set = (data.Segmentation(args.data, train, args.num_classes) for train in (True, False))
+        train_transform = data.segment_transform(args.img_size, True, args.mean, args.std)
+        val_transform = data.segment_transform(args.img_size, False, args.mean, args.std)
     else:
-        dataset = data.labelled_dataset(args.data, train, args.img_size)
-        if train:
-            transform = data.finetune_transform(args.img_size, args.randaug, args.erasing)
-        else:
-            transform = data.center_transform(args.test_size, args.crop_ratio)
-    if not train:
-        # Each image is in one process only, and in the same batch for any number of processes. A sampler
-        # that pads would count some images twice.
-        batch_size = 1 if args.task == "segment" else 64              # the masks differ in size
-        keys = [(0, index) for index in range(len(dataset))]          # (epoch, index)
-        batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-        return DataLoader(data.Transformed(dataset, transform, args.seed), num_workers=args.num_workers,
-                          batch_sampler=batches[rank::world])
-
+        train_set, val_set = (data.labelled_dataset(args.data, train, args.img_size) for train in (True, False))
+        train_transform = data.finetune_transform(args.img_size, args.randaug, args.erasing, args.mean, args.std)
+        val_transform = data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
+        args.num_classes = len(val_set.classes)
+    data.check_data(args, train_set, val_set)
     if args.label_fraction:
-        dataset = Subset(dataset, data.few_labels(dataset.targets, args.label_fraction, args.seed))
-    parts = world * args.accum_steps
-    if args.batch_size % parts or args.batch_size > len(dataset):
-        raise data.BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
-                            f"{args.accum_steps} --accum_steps, and at most the {len(dataset)} training "
-                            f"images of --data {args.data}")
-    sampler = data.RepeatingSampler(dataset, world, rank, args.seed, args.batch_size, args.repeats)
-    return DataLoader(data.Transformed(dataset, transform, args.seed), sampler=sampler, drop_last=True,
-                      batch_size=args.batch_size // parts, num_workers=args.num_workers,
-                      persistent_workers=args.num_workers > 0, pin_memory=pin_memory)
+        train_set = Subset(train_set, data.few_labels(train_set.targets, args.label_fraction, args.seed))
+    loader = data.endless_loader(args, train_set, train_transform, rank, world, device, args.repeats)
+    return loader, validation_loader(args, val_set, val_transform, rank, world)
+
+
+def validation_loader(args, dataset, transform, rank, world):
+    """-> DataLoader. Each image is in one process only, and in the same batch for any number of processes; a
+    sampler that pads would count some images twice.
+    """
+    batch_size = 1 if args.task == "segment" else 64                  # masks differ in size
+    keys = [(0, index) for index in range(len(dataset))]              # (epoch, index)
+    batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
+    return DataLoader(data.Transformed(dataset, transform, args.seed), num_workers=args.num_workers,
+                      worker_init_fn=data.ignore_ctrl_c, batch_sampler=batches[rank::world])
 
 
 def build_mixing(args):
@@ -508,63 +490,78 @@ def build_mixing(args):
     return v2.RandomChoice(mixes) if mixes else nn.Identity()
 
 
-def build_data_and_model(args, content, weights, device, rank, world):
-    """-> (loader of validation images, class names or None for segmentation, model). Raises BadInput."""
-    is_segment = args.task == "segment"
+def build_model(args, device):
+    """-> Classifier or Segmenter on the device, with the weights of --init. Raises BadInput."""
+    torch.manual_seed(args.seed)
     try:
-        val_loader = build_loader(args, False, rank, world)
-        classes = val_loader.dataset.dataset.classes
-        args.num_classes = len(classes) if classes else args.num_classes
-        torch.manual_seed(args.seed)
-        backbone = models.build_model(args.model, args.img_size, args.patch_size, args.pool, norm=args.norm,
-                                      drop_rate=args.drop_path or 0.0, dilated=is_segment)
-        if args.init:
-            models.load_weights(backbone, weights)
-        if isinstance(backbone, models.ViT):
-            # Decision: even if it was fixed, as the energy paper has it for sorting.
-            backbone.pos_embed.requires_grad_(True)
-        if is_segment:
+        backbone = models.build_backbone(args.model, args.img_size, args.patch_size, args.pool, norm=args.norm,
+                                         drop_rate=args.drop_path, dilated=args.task == "segment")
+        if args.init and not args.eval_only:
+            models.load_weights(backbone, models.read_file(args.init))
+        if args.task == "segment":
             model = Segmenter(backbone, args.num_classes, args.img_size)
         else:
             model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
                                args.label_smoothing)
-        model = model.to(device, memory_format=torch.channels_last)   # faster convolutions
-        if args.eval_only:
-            check_classes(classes, content, args)
-            model.load_state_dict(content["model"])
-        else:
-            # A dry step of a copy finds what cannot work: images too small, a BatchNorm over a single value.
-            count = min(2, args.batch_size // (world * args.accum_steps))
-            images = torch.zeros(count, 3, args.img_size, args.img_size, device=device)
-            labels = images[:, 0] if is_segment else images[:, 0, 0, 0]
-            with torch.no_grad():
-                copy.deepcopy(model).train()(images, labels.long())
+    except (RuntimeError, TypeError, ValueError) as error:            # TypeError: --init holds no dict
+        raise data.BadInput(f"--init {args.init} does not fit {args.model} with --img_size {args.img_size} and "
+                            f"--patch_size {args.patch_size}: {models.one_line(error)}") from None
+    if isinstance(backbone, models.ViT):
+        # Decision: even if it was fixed, as the energy paper has it for sorting.
+        backbone.pos_embed.requires_grad_(True)
+        if args.probe:
+            backbone.requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last)        # faster convolutions
+
+
+def check_step(args, model, world, device):
+    """A dry step of a copy finds what cannot work: images too small, a BatchNorm over a single value."""
+    count = min(2, args.batch_size // (world * args.accum_steps))
+    images = torch.zeros(count, 3, args.img_size, args.img_size, device=device)
+    labels = images[:, 0] if args.task == "segment" else images[:, 0, 0, 0]
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(images, labels.long())
     except torch.OutOfMemoryError:
         raise
-    # A file whose settings were altered by hand may raise any of these.
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = models.one_line(error)
-        if args.eval_only:
-            raise data.BadInput(f"--init {args.init} is damaged ({reason}): give another one") from None
-        raise data.BadInput(f"{args.model}, --init {args.init}, --img_size {args.img_size}, --patch_size "
-                            f"{args.patch_size} and --batch_size {args.batch_size} do not fit together "
-                            f"({reason}): change one of them") from None
-    if is_segment and world > 1 and device.type == "cuda":
+    except (RuntimeError, ValueError) as error:
+        raise data.BadInput(f"{args.model} cannot take --img_size {args.img_size} with --batch_size "
+                            f"{args.batch_size} ({models.one_line(error)}): raise one of them") from None
+
+
+def prepare(args, resume, rank, world, device):
+    """-> (loader, validation loader, model, optimizer, scaler, steps done, the best epoch's metric).
+
+    Raises BadInput and OSError.
+    """
+    loader, val_loader = build_data(args, rank, world, device)
+    data.require_equal({**vars(args), "the number of images": len(loader.dataset)})
+    model = build_model(args, device)
+    check_step(args, model, world, device)
+    if args.task == "segment" and world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)        # a GPU's few crops make poor statistics
-    return val_loader, classes, model
+    optimizer = build_optimizer(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args.amp, device) == torch.float16)
+    step = 0
+    best = 0.0
+    if resume:
+        checkpoint = models.restore("finetune", args, model, optimizer, scaler)
+        check_classes(args, checkpoint, val_loader)
+        step, best = checkpoint["step"], checkpoint["best"]
+    return loader, val_loader, model, optimizer, scaler, step, best
 
 
-def backbone_config(args, init_config):
+def backbone_config(args):
     """-> the config of this run's backbone.pt. --init's method and objective stay in it, because they choose
     the recipe of whoever fine-tunes that file again.
     """
-    config = {key: getattr(args, key) for key in BACKBONE} | {"mean": data.MEAN, "std": data.STD}
-    return {"method": "finetune", "objective": args.task} | init_config | config
+    return ({"method": "finetune", "objective": args.task} | args.config
+            | {name: getattr(args, name) for name in BACKBONE})
 
 
-def check_classes(classes, checkpoint, args):
+def check_classes(args, checkpoint, val_loader):
     """Raises BadInput unless --data has the classes that the checkpoint was trained on."""
-    saved = checkpoint["classes"]
+    saved, classes = checkpoint.get("classes"), val_loader.dataset.dataset.classes
     if saved != classes:
         difference = data.describe_difference(saved or [], classes or [], "the checkpoint", "--data")
         raise data.BadInput(f"--data {args.data} has other classes than the checkpoint ({difference}): give "
@@ -581,6 +578,8 @@ def evaluate(model, loader, device, dtype, world):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
+    if data.is_first():
+        print(f"evaluating on {len(loader.dataset)} images", flush=True)
     counts = torch.zeros(model.num_counts, dtype=torch.float64)
     for images, labels in loader:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -588,11 +587,11 @@ def evaluate(model, loader, device, dtype, world):
     if world > 1:
         counts = counts.to(device)
         dist.all_reduce(counts)
-    return together(model.summary, counts)
+    return data.together(model.summary, counts)
 
 
 @torch.no_grad()
-def save_picture(path, model, dataset, device):
+def save_picture(path, model, dataset, device, mean, std):
     """One row for each of up to four validation images: image, truth, prediction; unlabelled is black.
 
     The model is in eval mode, and the dataset yields (image (3, H, W), mask (H, W)) of different sizes.
@@ -603,93 +602,42 @@ def save_picture(path, model, dataset, device):
     for i in torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist():
         image, mask = dataset[0, i]
         prediction = model.predict(image[None].to(device))[0].argmax(dim=0).cpu() + 1
-        tiles.append(data.denormalize(image[None])[0])                # (3, H, W)
+        tiles.append(data.denormalize(image[None], mean, std)[0])     # (3, H, W)
         tiles.append(colors[mask].movedim(2, 0))
         tiles.append(colors[prediction].movedim(2, 0))
     tiles = [v2.functional.resize(tile, tiles[0].shape[1:]) for tile in tiles]
-    write_file(path, partial(save_image, make_grid(tiles, nrow=3, pad_value=1), format="png"))
+    data.save_page(path, make_grid(tiles, nrow=3, pad_value=1), ["image", "truth", "prediction"])
 
 
-def start_log(args, recipe, model, num_images, step, device, dtype, world):
-    """Prints what is trained, and by which recipe; logs all arguments and the versions."""
-    count = sum(param.numel() for param in model.parameters() if param.requires_grad) / 1e6
-    print(f"{args.task} {args.model}: {count:.2f} M weights to train, from {args.init or 'scratch'}\n"
-          f"{', '.join(f'{name} {getattr(args, name)}' for name in recipe)}\n"
-          f"{args.data}: {num_images} images, {num_images // args.batch_size} steps an epoch; "
-          f"{world} processes on {device.type}, amp {dtype}; from step {step}", flush=True)
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    write_log(args.output_dir, vars(args) | versions | {"processes": world, "start_step": step})
+def prepare_evaluation(args, rank, world, device):
+    """For --eval_only -> (model, validation loader). Raises BadInput and OSError."""
+    if args.task == "segment":
+        dataset = data.Segmentation(args.data, False, args.num_classes)
+        transform = data.segment_transform(args.img_size, False, args.mean, args.std)
+    else:
+        dataset = data.labelled_dataset(args.data, False, args.img_size)
+        transform = data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
+        args.num_classes = len(dataset.classes)
+    loader = validation_loader(args, dataset, transform, rank, world)
+    check_classes(args, models.read_file(args.init), loader)
+    model = build_model(args, device)
+    models.restore("finetune", args, model, path=args.init)
+    return model, loader
 
 
 # ---------------------------------------------------------------- helpers, identical in all three scripts
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the usage of every flag."""
+def init_processes():
+    """-> (the flags, rank, number of processes, device), under torchrun or without it.
 
-    def error(self, message):
-        raise data.BadInput(f"{message} (see --help)")
-
-
-def number(kind, low, high=1e9):
-    """-> an argparse type: an int or a float between low and high, which also rules out nan and inf."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-    parse.__name__ = kind.__name__                                    # for argparse's "invalid float value"
-    return parse
-
-
-def init_processes(device):
-    """-> (rank, number of processes, device), read from torchrun's environment; one process without it."""
+    All processes meet before anything can fail, so that an error in one of them ends all.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator else "cpu"
-    try:
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-                raise RuntimeError("fewer GPUs than processes")
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (AssertionError, ImportError, RuntimeError) as error:
-        raise data.BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): choose "
-                            "auto, and start no more processes than the machine has GPUs") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
-        # The timeout is an hour, because the other processes wait while the first one downloads.
-        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
-    return rank, world, device
-
-
-def together(function, *args, first_only=False):
-    """-> function(*args), called in each process, or with first_only in the first one, whose result all get.
-
-    If it fails in one process, all raise that error.
-    """
-    result = error = None
-    try:
-        if not first_only or int(os.environ.get("RANK", 0)) == 0:
-            result = function(*args)
-    except (data.BadInput, OSError) as caught:
-        error = str(caught) or repr(caught)
-    if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (error, result if first_only else None))
-        error = next((outcome[0] for outcome in outcomes if outcome[0]), None)
-        result = outcomes[0][1] if first_only else result
-    if error:
-        if dist.is_initialized():
-            dist.destroy_process_group()                              # tells run() that all have the error
-        raise data.BadInput(error)
-    return result
+    if world > 1:                                                     # tensors on GPUs travel by nccl, others by gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    args = data.together(parse_args)
+    return args, rank, world, data.together(data.open_device, args.device)
 
 
 def amp_dtype(amp, device):
@@ -709,225 +657,106 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def open_output(folder, resume):
-    """Creates and locks the output folder. -> True if the run continues from the checkpoint.pt in it."""
-    results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
-    if results and not (resume and "checkpoint.pt" in results):
-        way_on = ", or add --resume to continue from it" if "checkpoint.pt" in results else ""
-        raise data.BadInput(f"--output_dir {folder} holds the {results[0]} of an earlier run: choose another "
-                            f"one{way_on}")
-    try:
-        os.makedirs(f"{folder}/samples", exist_ok=True)
-        # Loader workers do not inherit the lock. The file is never closed: the lock ends with the process.
-        fcntl.lockf(os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
-        raise data.BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
-    return bool(results)
-
-
-def write_file(path, write):
-    """Calls write(temporary path) and renames the file, so that `path` never holds a half-written one."""
-    try:
-        write(path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:
-        raise data.BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): the earlier file is kept; "
-                            "make room, then --resume") from None
-    finally:
-        with suppress(OSError):
-            os.remove(path + ".tmp")
-
-
-# The arguments that may change when a run is resumed. The others determine the method or the images' order.
-MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
-              "amp", "compile", "num_workers", "tokenizer_dir", "freeze_generator", "output_dir", "resume")
-
-
-def load_checkpoint(path, script, args, states):
-    """Loads a checkpoint.pt of this script into the states, {"model": model, ...}. -> the file's content."""
-    try:
-        checkpoint = models.load_weights_file(path)
-        conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
-                     if key not in MAY_CHANGE and getattr(args, key, value) != value]
-        if checkpoint["script"] != script or conflicts:
-            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
-        for name, state in states.items():
-            if name != "scaler" or checkpoint["scaler"]:              # empty in a run without fp16
-                state.load_state_dict(checkpoint[name])
-        for param, values in states["optimizer"].state.items():       # fused AdamW does not check shapes
-            if any(value.ndim and value.shape != param.shape for value in values.values()):
-                raise ValueError("the optimizer's state does not fit the weights")
-        if not 0 <= checkpoint["step"] < 1e12:
-            raise ValueError(f"its step count is {checkpoint['step']}")
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise data.BadInput(f"cannot continue from {path} ({reason.removeprefix('ValueError: ')}): --resume "
-                            "needs the script, the flags and the folder of the run that wrote it") from None
-    return checkpoint
-
-
-def require_finite(value, step):
-    """-> the value: a loss, or a sum that includes one. Raises BadInput if it is not finite."""
-    if not math.isfinite(value):
-        raise data.BadInput(f"the loss is not finite at or before step {step}: the last checkpoint is kept; "
-                            "--resume with a lower --lr, or with --amp off")
-    return value
-
-
-def write_log(folder, line):
-    with open(f"{folder}/log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def peak_memory_mb(device):
-    """Peak memory in MB: allocated on the GPU, or without one, resident in this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10   # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb)
-
-
-def run(main):
-    """Runs main(). An error that the user can fix ends it with one sentence, which is printed only once."""
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (data.BadInput, OSError, torch.OutOfMemoryError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0 and not dist.is_initialized():
-            time.sleep(5)     # if the machine's first process has this error too, it ends this one meanwhile
-        # A loader worker wraps its error in a traceback, whose last line is the sentence.
-        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.BadInput: ")
-        sys.exit(f"error: {message}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume continues from the last checkpoint")
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0]
-            sys.exit(f"error: {reason} Lower --num_workers if memory is short, then --resume")
-        if not dist.is_initialized() or "onnection" not in str(error):
-            raise
-        sys.exit(f"stopped, because another process cannot be reached: {' '.join(str(error).split())}")
-
-
 # ---------------------------------------------------------------- the loop
 
 def main():
-    args = parse_args()
-    rank, world, device = init_processes(args.device)
+    args, rank, world, device = init_processes()
     dtype = amp_dtype(args.amp, device)
-    content, weights, init_config = together(read_init, args.init)
-    recipe = together(resolve, args, content, init_config)
-    resume = not args.eval_only and together(open_output, args.output_dir, args.resume, first_only=True)
-    if args.data == "cifar10":
-        together(lambda: len(data.cifar10()), first_only=True)        # downloads it while the others wait
-    val_loader, classes, model = together(build_data_and_model, args, content, weights, device, rank, world)
     if args.eval_only:
+        model, val_loader = data.together(prepare_evaluation, args, rank, world, device)
         measured = evaluate(model, val_loader, device, dtype, world)
         if rank == 0:
             print(json.dumps({"images": len(val_loader.dataset)} | measured))
         return
+    resume = data.together(data.open_output, args, share=True)
+    prepared = data.together(prepare, args, resume, rank, world, device)
+    loader, val_loader, model, optimizer, scaler, step, best = prepared
 
-    del content, weights                                              # --init's, now copied into the model
-    loader = together(build_loader, args, True, rank, world, device.type == "cuda")
     mix = build_mixing(args)
     if args.compile:
         model.compile()
     ddp = model
     if world > 1:
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    optimizer = build_optimizer(args, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = backbone_config(args, init_config)
-    step = 0                                                          # steps done
-    best = 0.0                                                        # the best epoch's metric
-    if resume:
-        states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        checkpoint = together(load_checkpoint, f"{args.output_dir}/checkpoint.pt", "finetune", args, states)
-        together(check_classes, classes, checkpoint, args)
-        step, best = checkpoint["step"], checkpoint["best"]
 
     steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     last_step = min(total_steps, args.max_steps or total_steps)
-    if rank == 0:
-        start_log(args, recipe, model, len(loader.dataset), step, device, dtype, world)
+    data.start_log(args, f"{args.task} {args.model}, from {args.init or 'scratch'}; "
+                   + " ".join(data.as_flags(args.recipe_values)), model, loader.dataset.dataset, step, dtype)
 
-    first_step, shown = step, time.time()
-    while step < last_step:
-        epoch = step // steps_per_epoch
-        epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        loader.sampler.set_epoch(epoch, skip=step % steps_per_epoch * (args.batch_size // world))
-        batches = iter(loader)
-        epoch_loss = torch.zeros((), device=device)
-        epoch_start = step
-        timed_from, start_time = step, time.time()
-        model.train()                                                 # a probe's backbone stays in eval mode
-        while step < epoch_end:
-            lr = scheduled_rate(args, step, total_steps, warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
-            torch.manual_seed(data.seed_from(args.seed, step, rank))
-            for i in range(args.accum_steps):
-                batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
-                images, labels = mix(batch)
-                # DDP averages the gradients only after the last part of a batch.
-                ddp.require_backward_grad_sync = i == args.accum_steps - 1
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = ddp(images, labels) / args.accum_steps
-                scaler.scale(loss).backward()
-                epoch_loss += loss.detach()
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            step += 1
+    data.catch_signals()
+    loader.sampler.step = first_step = line_step = timed_from = step
+    line_time = start_time = time.time()
+    batches = iter(loader)
+    loss_sum = torch.zeros((), device=device)                         # since the last line of the log
+    stop = False
+    model.train()                                                     # a probe's backbone stays in eval mode
+    while step < last_step and not stop:
+        lr = scheduled_rate(args, step, total_steps, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
+        torch.manual_seed(data.seed_from(args.seed, step, rank))
+        for i in range(args.accum_steps):
+            images, labels = mix([tensor.to(device, non_blocking=True) for tensor in next(batches)])
+            # DDP averages the gradients only after the last part of a batch.
+            ddp.require_backward_grad_sync = i == args.accum_steps - 1
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = ddp(images, labels) / args.accum_steps
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
 
-            if rank == 0 and time.time() - shown > 10:
-                loss = require_finite(epoch_loss.item() / (step - epoch_start), step)
-                shown = time.time()
-                seconds = (shown - start_time) / (step - timed_from)  # per step
-                print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{last_step}  loss {loss:.4f}  "
-                      f"lr {lr:.2e}  {args.batch_size / seconds:.1f} img/s  "
-                      f"left {timedelta(seconds=round(seconds * (last_step - step)))}", flush=True)
-            if step == first_step + 1:                                # warm-up and compilation: not timed
-                epoch_loss.item()                                     # waits for the GPU
-                timed_from, start_time = step, time.time()
-
-        # The end of an epoch (or of the run): all processes evaluate, the first one writes.
-        loss = epoch_loss / ((step - epoch_start) * world)
-        if world > 1:
+        # A line of the log after the first step, every ten seconds, and at the end of an epoch or of the run.
+        stop = data.stop_requested()
+        epoch_ends = step % steps_per_epoch == 0 or step == last_step or stop
+        if not epoch_ends and (rank > 0 or step > first_step + 1 and time.time() - line_time < 10):
+            continue
+        loss = loss_sum / (step - line_step)
+        if epoch_ends and world > 1:
             dist.all_reduce(loss)
-        loss = loss.item()                                            # waits for the GPU
-        seconds = time.time() - start_time
-        memory = peak_memory_mb(device)                               # before evaluation adds to it
-        measured = evaluate(model, val_loader, device, dtype, world)
-        together(require_finite, loss + sum(measured.values()), step)
-        best = max(best, measured[model.metric])
+            loss /= world
+        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}   # waits for the GPU
+        seconds = (time.time() - start_time) / max(1, step - timed_from)
+        line |= {"img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
+        if epoch_ends:
+            data.together(data.check_finite, line, model)
+            if rank == 0:
+                models.save(f"{args.output_dir}/checkpoint.pt",
+                            {"script": "finetune", "config": backbone_config(args), "args": vars(args),
+                             "classes": val_loader.dataset.dataset.classes, "step": step, "best": best,
+                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "scaler": scaler.state_dict()})
+        if epoch_ends and not stop:
+            measured = evaluate(model, val_loader, device, dtype, world)
+            best = max(best, measured[model.metric])
+            line |= measured | {f"best_{model.metric}": best}
+            if args.task == "segment" and rank == 0:
+                save_picture(f"{args.output_dir}/samples/step_{step:06d}.png", model, val_loader.dataset, device,
+                             args.mean, args.std)
+            model.train()
         if rank == 0:
-            line = {"epoch": epoch + 1, "step": step, "loss": loss, "lr": lr,
-                    "img_per_s": round((step - timed_from) * args.batch_size / seconds, 2),
-                    "peak_mem_mb": memory, **measured, f"best_{model.metric}": best}
-            print("  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
-            write_log(args.output_dir, line)
-            if args.task == "segment":
-                save_picture(f"{args.output_dir}/samples/epoch_{epoch + 1:04d}.png", model,
-                             val_loader.dataset, device)
-            content = {"script": "finetune", "config": config, "args": vars(args), "classes": classes,
-                       "step": step, "best": best, "model": model.state_dict(),
-                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            write_file(f"{args.output_dir}/checkpoint.pt", partial(torch.save, content))
+            data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
+        loss_sum.zero_()
+        line_step, line_time = step, time.time()
+        if epoch_ends or step == first_step + 1:                      # evaluation and compilation are not timed
+            timed_from, start_time = step, time.time()
+
+    if stop and step < last_step:
+        raise data.BadInput(f"stopped after step {step}; --resume continues from there")
     if rank == 0:
-        write_file(f"{args.output_dir}/backbone.pt",
-                   partial(torch.save, {"model": model.backbone.state_dict(), "config": config}))
-        samples = ", samples/" if args.task == "segment" else ""
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl{samples}", flush=True)
+        models.save(f"{args.output_dir}/backbone.pt",
+                    {"model": model.backbone.state_dict(), "config": backbone_config(args)})
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/", flush=True)
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

@@ -8,16 +8,16 @@ The backbones ViT, ResNet, ConvNeXt-T and Swin-T have the attributes `width` and
 H and W are multiples of `stride`; a ViT takes only images of its `img_size`. Parameter names are timm's (ViT)
 and torchvision's (the others), so that weights can be exchanged in both directions.
 
-The tokenizers, DVAE (DALL-E's) and VQGAN, map images to grids of integers and back. Weight files are read
-here, without running any code that a file may contain.
+The tokenizers, DVAE (DALL-E's) and VQGAN, map images to grids of integers and back. The last section reads
+and writes weight files, without running any code that a file may contain.
 """
 import argparse
-import io
+import json
+import math
 import os
-import pickle
-import re
+import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -338,7 +338,7 @@ def upsample(x):
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
-class Conv2d(nn.Module):
+class DVAEConv(nn.Module):
     """A convolution that keeps height and width, with DALL-E's parameter names and initialisation."""
 
     def __init__(self, n_in, n_out, kernel_size):
@@ -357,10 +357,10 @@ class DVAEBlock(nn.Module):
     def __init__(self, n_in, n_out, kernel_sizes, gain):
         super().__init__()
         self.gain = gain
-        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.id_path = DVAEConv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         hidden = n_out // 4
         widths = (n_in, hidden, hidden, hidden, n_out)
-        self.res_path = nn.ModuleDict({f"conv_{i + 1}": Conv2d(widths[i], widths[i + 1], kernel_size)
+        self.res_path = nn.ModuleDict({f"conv_{i + 1}": DVAEConv(widths[i], widths[i + 1], kernel_size)
                                        for i, kernel_size in enumerate(kernel_sizes)})
 
     def forward(self, x, enlarge=False):
@@ -388,13 +388,13 @@ class DVAE(nn.Module):
         self.codes = codes
 
         def make(n_in, stem_size, widths, n_out, kernel_sizes):
-            layers = nn.ModuleDict({"input": Conv2d(n_in, widths[0], stem_size)})
+            layers = nn.ModuleDict({"input": DVAEConv(n_in, widths[0], stem_size)})
             for i in range(4):
                 sizes = (widths[i],) + (widths[i + 1],) * blocks
                 layers[f"group_{i + 1}"] = nn.ModuleDict(
                     {f"block_{j + 1}": DVAEBlock(sizes[j], sizes[j + 1], kernel_sizes, 1 / (4 * blocks) ** 2)
                      for j in range(blocks)})
-            layers["output"] = nn.ModuleDict({"conv": Conv2d(widths[4], n_out, 1)})
+            layers["output"] = nn.ModuleDict({"conv": DVAEConv(widths[4], n_out, 1)})
             return nn.ModuleDict({"blocks": layers})
 
         self.encoder = make(3, 7, [width, width, 2 * width, 4 * width, 8 * width], codes, (3, 3, 3, 1))
@@ -433,7 +433,7 @@ class DVAE(nn.Module):
 
 
 def load_dvae(state):
-    """-> the DVAE of a state dict; its sizes follow from the shapes. Raises ValueError for any other dict."""
+    """-> the DVAE of a state dict; its sizes follow from the shapes. Raises BadFile for any other dict."""
     try:
         with torch.device("meta"):                                   # the weights come from the state
             dvae = DVAE(codes=len(state["encoder.blocks.output.conv.w"]),
@@ -441,21 +441,35 @@ def load_dvae(state):
                         embed_width=len(state["decoder.blocks.input.w"]),
                         blocks=sum(name.startswith("encoder.blocks.group_1") for name in state) // 8)
         load_finite(dvae, state, assign=True)
+        return tested(dvae)
     except Exception as error:                                       # wrong tensors raise many error types
-        raise ValueError(f"not the encoder and decoder of a dVAE: {one_line(error)}") from None
-    return dvae.float()
+        raise BadFile(f"this is not the encoder and decoder of a dVAE: {one_line(error)}") from None
 
 
 def load_dalle(encoder_path, decoder_path):
     """-> DVAE with the weights of the published encoder.pkl and decoder.pkl (from DALLE_URL).
 
     The files are whole modules, pickled in 2021 with classes of the package dall_e, which is not needed here.
-    Raises ValueError for any other file.
+    Raises BadFile for any other file.
     """
     encoder = read_tensors(encoder_path)
     decoder = read_tensors(decoder_path)
     return load_dvae({f"encoder.{name}": tensor for name, tensor in encoder.items()}
                      | {f"decoder.{name}": tensor for name, tensor in decoder.items()})
+
+
+@torch.no_grad()
+def tested(tokenizer):
+    """-> the tokenizer, in float32, after it has encoded and decoded a small image. Raises ValueError."""
+    tokenizer = tokenizer.float()
+    if tokenizer.stride > 64:
+        raise ValueError(f"a token would stand for {tokenizer.stride} x {tokenizer.stride} pixels")
+    images = torch.rand(1, 3, tokenizer.stride, tokenizer.stride)
+    tokens = tokenizer.encode(images)
+    restored = tokenizer.decode(tokens)
+    if tokens.shape != (1, 1, 1) or restored.shape != images.shape or not restored.isfinite().all():
+        raise ValueError("it does not restore an image")
+    return tokenizer
 
 
 # ---------------------------------------------------------------- VQGAN
@@ -589,7 +603,7 @@ def load_vqgan(path):
     """-> VQGAN with the weights of a taming-transformers checkpoint, written by PyTorch Lightning.
 
     Neither package is needed. Sizes follow from the tensors' shapes; the discriminator and everything else in
-    the file are dropped. Raises ValueError for any other file.
+    the file are dropped. Raises BadFile for any other file.
     """
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     state = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(parts)}
@@ -605,138 +619,9 @@ def load_vqgan(path):
                           attention=tuple(f"encoder.down.{i}.attn.0.q.weight" in state for i in levels),
                           blocks=sum(name.startswith("encoder.down.0.") for name in convs))
         load_finite(vqgan, state, assign=True)
+        return tested(vqgan)
     except Exception as error:                                       # wrong tensors raise many error types
-        raise ValueError(f"{path} is not a VQGAN of taming-transformers: {one_line(error)}") from None
-    return vqgan
-
-
-# ---------------------------------------------------------------- weight files
-
-def load_weights_file(path):
-    """-> the content of a checkpoint or state dict, which may hold tensors and plain containers, on the CPU.
-
-    No code in the file runs; argparse.Namespace is allowed as inert data, since MAE's files hold one. Raises
-    ValueError, whose sentence begins with the path and says what is wrong with the file.
-    """
-    with open_weights(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def read_tensors(path):
-    """-> {name: float32 tensor} of a pickled module, or of the "state_dict" in a Lightning checkpoint.
-
-    Such files refer to classes, so weights_only=True rejects them. Here, the classes are neither imported nor
-    run. Raises ValueError as load_weights_file does.
-    """
-    with open_weights(path) as file:
-        content = file.read()
-        # torch.load would run a TorchScript archive. The bytes are searched, because two zip readers can
-        # disagree about what an archive contains.
-        if b"constants.pkl" in content:
-            raise ValueError("a TorchScript archive")
-        # Read from memory, because torch.load unpacks tars, its oldest format, only from real files.
-        content = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=TensorPickle,
-                             weights_only=False)
-        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
-        return {name: tensor.detach().float() for name, tensor in named.items() if torch.is_tensor(tensor)}
-
-
-def module_tensors(module, prefix, seen):
-    """-> {name: parameter} of a module unpickled with StandIns as classes; seen: ids of visited modules."""
-    if id(module) in seen:                                           # a module may contain itself
-        return {}
-    seen.add(id(module))
-    tensors = {prefix + name: tensor for name, tensor in module._parameters.items()}
-    for name, child in module._modules.items():
-        tensors |= module_tensors(child, f"{prefix}{name}.", seen)
-    return tensors
-
-
-def load_finite(module, state, **options):
-    """Calls module.load_state_dict(state, **options). Raises ValueError if a number is infinite or NaN."""
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"has infinite numbers or NaN in {name}")
-    module.load_state_dict(state, **options)
-
-
-def one_line(error):
-    """-> one line of an error's message: the last one of load_state_dict's, which names a tensor."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return (lines[-1] if lines[0].startswith("Error(s)") else lines[0]).strip()[:200]
-
-
-class StandIn:
-    """Replaces the classes of a pickled file. It keeps an object's attributes and ignores all calls."""
-
-    def __init__(self, *args, **options):
-        pass
-
-    __setitem__ = append = extend = __init__                         # the other calls that a pickle can make
-
-    def __setstate__(self, state):         # otherwise, a pickle could set attributes of the class
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers. It imports nothing, so a file cannot choose code to run."""
-
-    def find_class(self, module, name):
-        known = {"collections.OrderedDict": OrderedDict,
-                 "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
-                 "torch._utils._rebuild_parameter": self.rebuild_parameter}
-        return known.get(f"{module}.{name}", StandIn)
-
-    # These are methods, because a pickle could change the defaults of a function. Hooks are dropped.
-    def rebuild_tensor(self, storage, offset, size, stride, *rest):
-        return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-    def rebuild_parameter(self, tensor, *rest):
-        return tensor
-
-    def load(self):
-        load_storage = getattr(self, "persistent_load", None)        # set by torch.load
-
-        def persistent_load(saved_id):
-            # Files of torch < 1.6 hold the source of each class. torch.load would compare it with our source
-            # and could write the difference to a file that the pickle names.
-            if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
-                return saved_id[1]
-            return load_storage(saved_id)
-
-        self.persistent_load = persistent_load
-        return super().load()
-
-
-class TensorPickle:
-    """The part of the module `pickle` that torch.load uses."""
-
-    Unpickler = TensorUnpickler
-
-    @staticmethod
-    def load(file, **options):
-        return TensorUnpickler(file, **options).load()
-
-
-@contextmanager
-def open_weights(path):
-    """Opens a file; any error while it is open becomes a ValueError of one sentence."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
-            raise OSError(0, "not a regular file")
-        with open(path, "rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {str(error.strerror).lower()}") from None
-    except Exception as error:                                       # torch.load raises many types
-        reason = "is truncated or not a weight file: perhaps a web page, a TorchScript archive or a tar"
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            reason = f"holds more than weights: it asks for {refused[1]}"
-        raise ValueError(f"{path} {reason}") from None
+        raise BadFile(f"{path} is not a VQGAN of taming-transformers: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------- by name
@@ -756,8 +641,8 @@ MODELS = {
 }
 
 
-def build_model(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch",
-                drop_rate=0.0, dilated=False):
+def build_backbone(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch",
+            drop_rate=0.0, dilated=False):
     """-> the backbone named `model`, a key of MODELS. Raises ValueError if there is none of that name.
 
     ViTs use the next four arguments, ResNets use `norm` and `dilated`, and all models use `drop_rate`.
@@ -792,23 +677,268 @@ def parameter_groups(named_parameters, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
+# ---------------------------------------------------------------- weight files
+
+class BadFile(OSError):
+    """A weight file cannot be read, used or written. The message is one sentence that names it."""
+
+
+class StandIn:
+    """Takes the place of the classes in a pickled module. It keeps an object's attributes and ignores all calls."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    __setitem__ = append = extend = __init__                         # the other calls that a pickle can make
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read_file(path, stand_in=False):
+    """-> the content of a weight file, tensors in plain containers, on the CPU. Raises BadFile.
+
+    It reads PyTorch's zip files and .safetensors, and runs no code in them: torch's restricted unpickler builds
+    tensors only. argparse.Namespace is allowed as inert data, since MAE's files hold one; with stand_in, all
+    other classes become StandIns, of which the tensors can be taken.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
+            raise ValueError("is not a regular file")
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        with open(path, "rb") as file:
+            start = file.read(4)
+        # Files from before torch 1.6 can make torch read and write freed memory, even with weights_only.
+        if start[:1] == b"\x80":
+            raise ValueError("has the format before torch 1.6, which cannot be read safely: if you trust its origin, "
+                             "convert it with torch.save(torch.load(path, weights_only=False), path)")
+        if start != b"PK\x03\x04" or not zipfile.is_zipfile(path):
+            raise ValueError("is truncated or not a weight file, perhaps a web page")
+        allowed = [argparse.Namespace]
+        if stand_in:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            allowed += [(StandIn, name) for name in names if name != "argparse.Namespace"]
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadFile(f"{path} is missing") from None
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {str(error.strerror).lower()}") from None
+    except ValueError as error:
+        raise BadFile(f"{path} {error}") from None
+    except Exception as error:                                       # torch.load raises many types
+        reason = "is damaged, or holds more than weights"
+        with suppress(Exception):
+            reason += f": it asks for {', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3])}"
+        raise BadFile(f"{path} {reason if ':' in reason else f'{reason} ({one_line(error)})'}") from None
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """-> {name: tensor}: eight bytes of length, a JSON header of that length, raw numbers. Raises ValueError."""
+    with open(path, "rb") as file:
+        content = file.read()
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        tensors = {}
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                first, last = (start + offset for offset in entry["data_offsets"])
+                dtype = SAFETENSORS[entry["dtype"]]
+                shape = [int(side) for side in entry["shape"]]
+                if not start <= first <= last <= len(content) or min(shape, default=0) < 0:
+                    raise ValueError
+                raw = bytearray(content[first:last])
+                tensors[name] = torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape)
+        return tensors
+    except (AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError):
+        raise ValueError("is damaged or not a .safetensors file") from None
+
+
+def read_tensors(path):
+    """-> {name: float32 tensor} of a pickled module, or of the "state_dict" in a Lightning checkpoint.
+
+    Such files refer to classes, which are neither imported nor run. Raises BadFile.
+    """
+    content = read_file(path, stand_in=True)
+    try:
+        named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
+        return {name: tensor.detach().float() for name, tensor in named.items() if torch.is_tensor(tensor)}
+    except (AttributeError, LookupError, TypeError) as error:
+        raise BadFile(f"{path} holds no module ({one_line(error)})") from None
+
+
+def module_tensors(module, prefix, seen):
+    """-> {name: parameter} of a module unpickled with StandIns as classes; seen: ids of visited modules."""
+    if id(module) in seen:                                           # a module may contain itself
+        return {}
+    seen.add(id(module))
+    tensors = {prefix + name: tensor for name, tensor in module._parameters.items()}
+    for name, child in module._modules.items():
+        tensors |= module_tensors(child, f"{prefix}{name}.", seen)
+    return tensors
+
+
+def check_tensor(name, tensor, like):
+    """Raises ValueError unless a tensor from a file has the shape and kind of `like`, and all its numbers."""
+    if tensor.shape != like.shape:
+        raise ValueError(f"size mismatch for {name}: {tuple(tensor.shape)} in the file, {tuple(like.shape)} here")
+    if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{name} has numbers of type {tensor.dtype}")
+    # A stride of 0 makes a huge tensor of a tiny file.
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} is larger than what the file holds of it")
+    if tensor.is_floating_point() and not tensor.abs().max() < 1e15:
+        raise ValueError(f"has infinite numbers or NaN in {name}")
+
+
+def load_finite(module, state, **options):
+    """Calls module.load_state_dict(state, **options), strictly. Raises RuntimeError and ValueError."""
+    expected = module.state_dict()
+    for name, tensor in state.items():
+        if name in expected:
+            check_tensor(name, tensor, expected[name])
+    module.load_state_dict(state, **options)
+
+
+def one_line(error):
+    """-> one line of an error's message: the last one of load_state_dict's, which names a tensor."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return (lines[-1] if lines[0].startswith("Error(s)") else lines[0]).strip()[:200]
+
+
+def save(path, content):
+    """torch.save, but `path` never holds a half-written file. Raises BadFile."""
+    try:
+        torch.save(content, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        raise BadFile(f"cannot write {path} ({one_line(error)}): the earlier file is kept; make room, "
+                      "then --resume") from None
+    finally:
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+
+
+def read_args(path):
+    """-> {name: value}: the arguments that describe the model in a checkpoint.pt of a pretraining script."""
+    saved = read_file(path)
+    try:
+        return {name: value for name, value in saved["args"].items() if name not in (*MAY_CHANGE, "recipe", "init")}
+    except (AttributeError, LookupError, TypeError):
+        raise BadFile(f"{path} is no checkpoint.pt of a pretraining script") from None
+
+
+# The arguments that may change when a run is resumed. The others determine the method or the images' order.
+MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device", "amp",
+              "compile", "num_workers", "check_data", "tokenizer_dir", "freeze_generator", "output_dir", "resume",
+              "eval_only")
+
+
+def restore(script, args, model, optimizer=None, scaler=None, path=None):
+    """Loads OUTPUT_DIR/checkpoint.pt, or `path`, into model, optimizer and scaler. -> the file's content.
+
+    Raises BadFile unless the same script wrote it with the same arguments, except for those of MAY_CHANGE. Without an
+    optimizer, the arguments may differ.
+    """
+    path = path or f"{args.output_dir}/checkpoint.pt"
+    checkpoint = read_file(path)
+    try:
+        conflicts = [f"--{key} {value}" for key, value in checkpoint["args"].items()
+                     if optimizer and key not in MAY_CHANGE and getattr(args, key, value) != value]
+        if checkpoint["script"] != script or conflicts:
+            raise ValueError(f"it was written by {checkpoint['script']}.py {' '.join(conflicts)}")
+        load_finite(model, checkpoint["model"])
+        if optimizer:
+            load_moments(optimizer, checkpoint["optimizer"]["state"])
+            if checkpoint["scaler"]:                                  # empty in a run without fp16
+                scaler.load_state_dict(checkpoint["scaler"])
+        if not 0 <= int(checkpoint["step"]) < 1e12:
+            raise ValueError(f"its step count is {checkpoint['step']}")
+    except Exception as error:                                       # a file made by hand can raise many types
+        reason = f"{type(error).__name__}: {one_line(error)}".removeprefix("ValueError: ")
+        raise BadFile(f"cannot continue from {path} ({reason}): it needs the script, the flags and the folder of "
+                      "the run that wrote it") from None
+    return checkpoint
+
+
+def load_moments(optimizer, state):
+    """Loads AdamW's or SGD's moments, {index of the parameter: {name: tensor}}. Raises ValueError.
+
+    Nothing else of a file enters the optimizer, and moments get their parameter's memory layout: fused AdamW
+    checks neither, and would write to memory that is not its own.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
+    for index, values in state.items():
+        param = params[index]
+        if values.keys() != names:
+            raise ValueError(f"the optimizer's state has {', '.join(map(str, values))}")
+        for name, value in values.items():
+            like = torch.zeros((), device=param.device) if name == "step" else param.detach()
+            check_tensor(f"the optimizer's {name}", value, like)
+            optimizer.state[param][name] = torch.empty_like(like).copy_(value)
+
+
+# Prefixes under which a backbone's weights stand in the files of wrapped and whole models.
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "student.", "teacher.")
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "mask_token")
+# What keys show about a file whose model is not built here.
+KINDS = {"dist_token": "a distilled DeiT", "relative_position": "BEiT, with relative positions",
+         "gamma_1": "a ViT with LayerScale", "ls1": "a ViT with LayerScale", "class_token": "torchvision's ViT",
+         "embeddings.": "a model with Hugging Face's names"}
+
+
+def find_weights(content):
+    """-> {name: tensor}: the backbone's weights in the content of a file, without prefixes such as "module."."""
+    for key in ("model", "state_dict", "teacher", "student"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = {key: value for key, value in dict(content).items() if isinstance(key, str) and torch.is_tensor(value)}
+    while inner := next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in weights)), None):
+        weights = {key.removeprefix(inner): value for key, value in weights.items() if key.startswith(inner)}
+    return weights
 
 
 def load_weights(backbone, weights):
     """Loads a state dict with the names of timm (ViT), MAE or torchvision. -> its head's keys, not loaded.
 
-    The position embedding is resized if the image size differs. Raises RuntimeError for other keys that are
-    missing, unknown or of another shape, and ValueError for numbers that are not finite.
+    The position embedding is resized if the image size differs. Raises RuntimeError or ValueError for other keys that are
+    missing, unknown or of another shape, and for numbers that are not finite.
     """
     expected = backbone.state_dict()
-    weights = {key: value for key, value in weights.items() if torch.is_tensor(value)}
+    weights = find_weights(weights)
     if "pos_embed" in expected and "pos_embed" in weights:
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], backbone.grid_size)
 
     head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
+    unknown = [key for key in weights if key not in expected and key not in head_keys]
+    kind = next((KINDS[word] for word in KINDS for key in unknown if word in key), None)
+    if kind:
+        raise ValueError(f"it holds {kind}, which is not built here: {unknown[0]}")
     kept = {}
     if "fc_norm.weight" in weights:        # timm and MAE, if patch means are classified: no last norm
         kept = {key: value for key, value in expected.items() if key in ("norm.weight", "norm.bias")}
     load_finite(backbone, kept | {key: value for key, value in weights.items() if key not in head_keys})
     return head_keys
+
+
+def load_backbone(path):
+    """-> the backbone of a backbone.pt, in eval mode: backbone(images) is its feature, pooled as in training.
+
+    Images are normalised (B, 3, H, W); data.center_transform(img_size) makes one. Raises BadFile.
+    """
+    content = read_file(path)
+    try:
+        options = {key: content["config"][key] for key in ("model", "img_size", "patch_size", "pool", "norm")}
+        backbone = build_backbone(**options)
+        load_weights(backbone, content["model"])
+    except Exception as error:                                       # a file made by hand can raise many types
+        raise BadFile(f"{path} is no backbone.pt ({one_line(error)})") from None
+    return backbone.eval()
