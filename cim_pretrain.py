@@ -275,7 +275,11 @@ class CIM(nn.Module):
             return F.binary_cross_entropy_with_logits(output, replaced.float())
         pixels, _, _ = normalize_target(images, self.target, self.patch_size)
         # Sec. A.3: "a combination of l1 and l2 loss". Decision: both have weight 1.
-        return F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
+        error = (output - pixels).abs() + (output - pixels).square()
+        if self.generator is not None:
+            return error.mean()
+        # Sec. 3.3: with random erasing, "the model is required to recover the erased pixels".
+        return (error.mean(dim=1, keepdim=True) * replaced).sum() / replaced.sum().clamp(min=1)
 
     def forward(self, images, mask, tokenizer):
         """-> the loss (). The tokenizer is an argument, not a submodule: it is neither trained nor saved."""
@@ -304,17 +308,21 @@ def normalize_target(images, target, patch_size):
 
     window: mean and std of the 8x8 window around each pixel (4 pixels before it, 3 after it; reflected at the
     borders). patch: mean and std of the pixel's own patch, as in MAE. none: 0 and 1.
-    Decision: statistics of all three channels together, with 1e-6 added to the variance, as in MAE.
+    Decision: statistics of all three channels together, with 1e-6 added to the variance, as in MAE, whose
+    variance is the unbiased one; this is not.
     """
     if target == "none":
         return images, torch.zeros_like(images), torch.ones_like(images)
-    moments = torch.stack([images, images.square()], dim=1).mean(dim=2)        # (B, 2, H, W)
+    # In fp32, E[x^2] - E[x]^2 would be off by up to 0.13 on flat regions. (Apple's GPUs have no float64.)
+    exact = images.float() if images.device.type == "mps" else images.double()
+    moments = torch.stack([exact, exact.square()], dim=1).mean(dim=2)          # (B, 2, H, W)
     if target == "window":
         moments = F.avg_pool2d(F.pad(moments, (4, 3, 4, 3), mode="reflect"), 8, stride=1)
     else:
         moments = F.interpolate(F.avg_pool2d(moments, patch_size), scale_factor=patch_size)
-    mean, square = (moment.expand_as(images) for moment in moments.split(1, dim=1))
-    std = ((square - mean.square()).clamp(min=0) + 1e-6).sqrt()
+    mean, square = moments.split(1, dim=1)                                     # (B, 1, H, W) each
+    std = ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().to(images.dtype).expand_as(images)
+    mean = mean.to(images.dtype).expand_as(images)
     return (images - mean) / std, mean, std
 
 
@@ -457,7 +465,8 @@ def load_tokenizer(args, resume, dataset, val_images):
 def init_as_beit(vit):
     """Normal with std 0.02; the output layers of block i are divided by sqrt(2 i), as in BEiT.
 
-    Decision: the papers state no initialisation. BEiT's code also cuts the normal off at one std.
+    Decision: the papers state no initialisation. BEiT's code cuts the normal off at one std, which leaves a
+    std of 0.0108; this does not. The patch embedding's bias is zero.
     """
     for param in vit.parameters():
         if param.dim() > 1:                                    # all but biases and LayerNorms
@@ -475,7 +484,8 @@ def build_generator(args, backbone, size, codes):
         template = "vit_nano" if args.model == "resnet_nano" else "vit_s"
     vit = models.ViT(**models.MODELS[template][1] | {"depth": args.gen_depth}, **size)
     init_as_beit(vit)
-    if args.share:                                             # sec. 3.3, Table 5
+    # Sec. 3.3, Table 5. Decision: position embeddings and class token are not shared.
+    if args.share:
         vit.patch_embed = backbone.patch_embed
         for i in range(min(args.share, len(vit.blocks), len(backbone.blocks))):
             vit.blocks[i] = backbone.blocks[i]
@@ -671,7 +681,10 @@ def init_processes():
 
 
 def amp_dtype(amp, device):
-    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower."""
+    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
+
+    Decision: bf16 where a GPU has it; the papers take PyTorch's default of their time, fp16.
+    """
     if amp == "auto" and device.type != "cuda":
         amp = "off"
     elif amp == "auto":

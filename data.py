@@ -421,7 +421,8 @@ def finetune_transform(img_size, randaug, erasing, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
     Differs from CIM's paper: torchvision's RandAugment applies two operations of one fixed strength. The
-    paper uses timm's, which skips each with probability 0.5 and varies the strength (standard deviation 0.5).
+    paper uses timm's, which skips each with probability 0.5, varies the strength (standard deviation 0.5), and
+    draws from a list of operations that is not quite the same.
     """
     # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)

@@ -240,7 +240,6 @@ class AutoEncoder(nn.Module):
         num_patches = backbone.pos_embed.shape[1] - 1
         self.embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        # Decision: "MoCo v3" position embeddings in the order of MAE's code, x first.
         positions = models.sincos_2d(width, math.isqrt(num_patches))             # (1, N, width)
         self.register_buffer("patch_positions", positions, persistent=False)
         self.blocks = nn.ModuleList(models.Block(width, heads) for _ in range(depth))
@@ -507,7 +506,10 @@ def init_processes():
 
 
 def amp_dtype(amp, device):
-    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower."""
+    """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
+
+    Decision: bf16 where a GPU has it; the papers take PyTorch's default of their time, fp16.
+    """
     if amp == "auto" and device.type != "cuda":
         amp = "off"
     elif amp == "auto":

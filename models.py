@@ -49,7 +49,7 @@ def unpatchify(patches, p, W):
 def sincos_2d(dim, grid_size):
     """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim).
 
-    A quarter of the channels each for sin(x), cos(x), sin(y), cos(y); `dim` must be a multiple of 4.
+    Decision: the channels have the order of MAE's code. A quarter of the channels each for sin(x), cos(x), sin(y), cos(y); `dim` must be a multiple of 4.
     """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
@@ -657,6 +657,7 @@ def build_backbone(model, img_size=224, patch_size=16, pool="cls", pos_embed="si
     return cls(**options, drop_rate=drop_rate)
 
 
+# Decision: neither mask nor class tokens decay.
 NO_DECAY = ("token", "pos_embed", "layer_scale", "relative_position_bias", "alpha_head")
 
 

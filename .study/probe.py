@@ -86,7 +86,7 @@ def main():
     args = p.parse_args()
     content = models.load_weights_file(args.backbone)
     config = {key: content["config"][key] for key in ("model", "img_size", "patch_size", "pool", "norm")}
-    backbone = models.build_model(**config)
+    backbone = models.build_backbone(**config)
     models.load_weights(backbone, {key.removeprefix("backbone."): value for key, value in content["model"].items()})
     train_set = data.labelled_dataset(args.data, True, config["img_size"])
     val_set = data.labelled_dataset(args.data, False, config["img_size"])

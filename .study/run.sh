@@ -42,8 +42,8 @@ fi
 curve=$1 epochs=$2 seed=$3 lr=${4:-}
 vit="--model vit_nano --img_size 32 --patch_size 8"
 resnet="--model resnet_nano --img_size 32 --patch_size 8"
-energy="energy_pretrain.py $vit --energy_steps 1"
-autoencoder="energy_pretrain.py $vit --method autoencoder"
+energy="energy_pretrain.py $vit --energy_steps 1 --mask_cell 8"
+autoencoder="energy_pretrain.py $vit --method autoencoder --mask_cell 8"
 cim="cim_pretrain.py --tokenizer train --tokenizer_dir $work/tokenizer"
 case $curve in                                                        # command, and the best rate at 2 epochs
     scratch)           untrained="vit_nano batch" ;;
@@ -51,6 +51,7 @@ case $curve in                                                        # command,
     scratch_groupnorm) untrained="resnet_nano group" ;;             # the norm that the energy method takes
     energy_sr8)      command="$energy --corrupt sr --sr_scale 8" best=3e-3 ;;
     energy_mix8)     command="$energy --corrupt mix --sr_scale 8" best=3e-3 ;;
+    energy_scale1)   command="$energy --corrupt sr --sr_scale 4 --energy_scale 1" best=3e-3 ;;    # the paper's energy
     energy_cls)      command="$energy --corrupt sr --sr_scale 4 --pool cls" best=3e-3 ;;
     energy_n0)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 0" best=3e-3 ;;
     energy_n2)       command="$energy --corrupt sr --sr_scale 4 --energy_steps 2" best=3e-3 ;;
@@ -98,7 +99,7 @@ import sys, torch, models
 model, norm, seed, path = sys.argv[1:]
 torch.manual_seed(int(seed))
 config = {"model": model, "img_size": 32, "patch_size": 8, "pool": "mean", "norm": norm}
-torch.save({"model": models.build_model(**config).state_dict(), "config": config}, path)
+torch.save({"model": models.build_backbone(**config).state_dict(), "config": config}, path)
 PY
 else
     data=$work/data/pretrain whole_epochs=$epochs
