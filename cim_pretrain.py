@@ -6,16 +6,19 @@ original pixels (RESPIX) or to detect the replaced tokens (REVDET). Only the enh
 none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3,
 but without its relative positions and LayerScale.
 
-    python cim_pretrain.py --recipe short                                                        # one process
-    torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet --compile  # one node
+    python cim_pretrain.py --recipe short                            # one process; below: one node, two nodes
+    torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet --compile
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        cim_pretrain.py --model resnet50 --objective revdet --data /path/to/imagenet --compile   # two nodes
+        cim_pretrain.py --model resnet50 --objective revdet --data /path/to/imagenet --compile
 
 Measured: MEASURED
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch starts: else, idle threads block a busy CPU
+
 import json
 import math
-import os
 import sys
 import time
 from functools import partial
@@ -34,8 +37,8 @@ from data import number
 WEIGHT = {"respix": 10.0, "revdet": 1.0}    # the enhancer's loss weight (Table 13); the generator's is 1
 
 # --recipe short, our own: a small model on small images, in minutes on a CPU.
-SHORT = dict(model="vit_nano", img_size=32, patch_size=4, tokenizer="train", tokenizer_steps=500, batch_size=32,
-             lr=2e-3, epochs=2)
+SHORT = dict(model="vit_nano", img_size=32, patch_size=4, tokenizer="train", tokenizer_steps=500,
+             batch_size=32, lr=2e-3, epochs=2)
 
 
 # ---------------------------------------------------------------- arguments
@@ -59,7 +62,7 @@ def parse_args():
       help="beit samples tokens, mae samples pixels (Table 10); erase: random erasing (sec. 3.3)")
     g("--masking", default="random", choices=["random", "block"], help="mask single patches or blocks")
     g("--mask_ratio", type=number(float, 0.01, 0.99), nargs=2, metavar=("LOW", "HIGH"),
-      help="bounds of the masked fraction; if not given, 100 to 120 of 196 patches, but 0.5 for mae and erase")
+      help="bounds of the masked fraction; if not given, 100 to 120 of 196 patches, 0.5 for mae and erase")
     g("--sampling", default="softmax", choices=["softmax", "argmax", "uniform"],
       help="how tokens are drawn from beit's predictions (Table 7)")
     g("--gen_depth", type=number(int, 1, 100), default=4, help="the generator's depth; for --objective none, "
@@ -76,7 +79,8 @@ def parse_args():
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=300, help="passes over the training images")
     # Decision: the paper warms up for 10 epochs, which would be most of a short run.
-    g("--warmup_epochs", type=number(float, 0), help="linear warm-up; if not given, 10, at most a tenth of all")
+    g("--warmup_epochs", type=number(float, 0),
+      help="linear warm-up; if not given, 10, at most a tenth of the epochs")
     g("--batch_size", type=number(int, 1), default=2048, help="images per step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
     g("--lr", type=number(float, 1e-12), help="peak learning rate; if not given, 1.5e-3 x batch_size / 2048; "
@@ -85,14 +89,17 @@ def parse_args():
     g("--clip_grad", type=number(float, 0), default=3.0, help="largest gradient norm; 0: no clipping")
     data.add_run_flags(p)
     g = p.add_argument_group("evaluation").add_argument
-    g("--eval_only", action="store_true", help="measure a trained checkpoint.pt on the images of --data, and write a "
-      "picture of them beside it; masks and sampling may differ from training")
+    g("--eval_only", action="store_true",
+      help="measure a trained checkpoint.pt on the images of --data, and write a picture of them beside it; "
+      "masks and sampling may differ from training")
     g("--init", metavar="FILE", help="the checkpoint.pt to measure; if not given, OUTPUT_DIR/checkpoint.pt")
 
     args = p.parse_args()
     if args.recipe == "short":
-        short = SHORT if args.generator == "beit" else {name: SHORT[name] for name in SHORT if "token" not in name}
-        args = p.parse_args([*data.as_flags(short), *sys.argv[1:]])   # of a flag given twice, the last one counts
+        tokens = ("tokenizer", "tokenizer_steps") if args.generator != "beit" else ()
+        short = {name: value for name, value in SHORT.items() if name not in tokens}
+        # Of a flag given twice, the last one counts.
+        args = p.parse_args([*data.as_flags(short), *sys.argv[1:]])
     if args.eval_only:
         args.init = args.init or f"{args.output_dir or default_output_dir(args)}/checkpoint.pt"
         args = p.parse_args([*data.as_flags(models.read_args(args.init)), *sys.argv[1:], "--init", args.init])
@@ -185,8 +192,8 @@ class CIM(nn.Module):
         return generator's loss + weight * enhancer's loss
 
     The enhancer is a backbone and one linear layer, whose outputs are rearranged to pixels or tokens. With
-    objective "none" there is no enhancer, and `backbone` is the generator's ViT. `generator` is a Generator or,
-    for random erasing, None. erase_area: (low, high), fractions of the image's area.
+    objective "none" there is no enhancer, and `backbone` is the generator's ViT. `generator` is a Generator
+    or, for random erasing, None. erase_area: (low, high), fractions of the image's area.
     """
 
     def __init__(self, backbone, generator, objective, patch_size, target="window", sampling="softmax",
@@ -298,7 +305,7 @@ def draw_mask(args):
 
 
 def crop_and_mask(image, label, args):
-    """-> (a crop as bytes (3, H, W), its mask (N,)). The loader's workers draw masks, in time for the step."""
+    """-> (a crop as bytes (3, H, W), its mask (N,)). The loader's workers draw masks, ahead of the step."""
     # Decision: the paper does not say how small a crop may be; 0.08 is from BEiT's code.
     return data.pretrain_transform(args.img_size, (0.08, 1.0))(image), draw_mask(args)
 
@@ -406,8 +413,8 @@ def train_dvae(args, dataset, val_images):
         if time.time() - shown > 10 or step == 0 or step + 1 == args.tokenizer_steps:
             shown = time.time()
             left = (shown - start) / (step + 1) * (args.tokenizer_steps - step - 1)
-            print(f"tokenizer  step {step + 1}/{args.tokenizer_steps}  loss {loss.item():.4f}  left {left:.0f} s",
-                  flush=True)
+            print(f"tokenizer  step {step + 1}/{args.tokenizer_steps}  loss {loss.item():.4f}  "
+                  f"left {left:.0f} s", flush=True)
     return dvae
 
 
@@ -456,8 +463,8 @@ def load_tokenizer(args, resume, dataset, val_images):
         if args.tokenizer == "dalle":
             data.together(download_dalle, folder)
         tokenizer = data.together(read_tokenizer, args.tokenizer, folder)
-    layout = torch.channels_last
-    return tokenizer.to(val_images.device, memory_format=layout).requires_grad_(False).eval()
+    tokenizer = tokenizer.to(val_images.device, memory_format=torch.channels_last)
+    return tokenizer.requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- data and model
@@ -502,8 +509,9 @@ def load_generator(generator, args):
     checkpoint = models.read_file(args.freeze_generator)
     try:
         for name in ("img_size", "patch_size", "gen_depth", "generator", "tokenizer"):
-            if checkpoint["args"][name] != getattr(args, name):
-                raise ValueError(f"--{name} was {checkpoint['args'][name]}, and is {getattr(args, name)} here")
+            saved = checkpoint["args"][name]
+            if saved != getattr(args, name):
+                raise ValueError(f"--{name} was {saved}, and is {getattr(args, name)} here")
         state = {key.removeprefix("generator."): value for key, value in checkpoint["model"].items()
                  if key.startswith("generator.")}
         models.load_finite(generator, state)
@@ -521,7 +529,7 @@ def backbone_config(args):
 
 
 def build_model(args, codes, device):
-    """-> the CIM model on the device; codes: how many the tokenizer has, None without one. Raises BadInput."""
+    """-> the CIM model on the device; codes: how many the tokenizer has, None without one."""
     torch.manual_seed(args.seed)                               # again, whether a tokenizer was trained or not
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     backbone = models.build_backbone(args.model, **size)
@@ -533,7 +541,8 @@ def build_model(args, codes, device):
     generator = None if args.generator == "erase" else build_generator(args, backbone, size, codes)
     if args.objective == "none":
         backbone = generator.vit
-    model = CIM(backbone, generator, args.objective, args.patch_size, args.target, args.sampling, args.mask_ratio)
+    model = CIM(backbone, generator, args.objective, args.patch_size, args.target, args.sampling,
+                args.mask_ratio)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -564,7 +573,8 @@ def show_tokenizer(args, tokenizer, images):
     restored = detokenize(tokenizer, tokens, args.img_size)
     print(f"tokenizer {args.tokenizer}: {psnr(restored, images):.2f} dB, {len(tokens.unique())} of "
           f"{tokenizer.codes} codes in use on {len(images)} held-out images", flush=True)
-    data.save_grid(f"{args.output_dir}/samples/tokenizer.png", {"original": images[:8], "tokenizer": restored[:8]})
+    columns = {"original": images[:8], "tokenizer": restored[:8]}
+    data.save_grid(f"{args.output_dir}/samples/tokenizer.png", columns)
 
 
 def area_under_curve(scores, labels):
@@ -652,12 +662,12 @@ def save_picture(path, model, images, tokenizer, args):
 
 def evaluate_checkpoint(args, device):
     """--eval_only: prints one line of numbers and writes one picture beside the checkpoint."""
-    images = data.fixed_images(data.unlabelled_dataset(args.data, None, args.img_size), args.img_size).to(device)
+    images = data.evaluation_images(args, device)
     folder = os.path.dirname(args.init) or "."
     tokenizer = None
     if args.tokenizer:
         default = folder if args.tokenizer == "train" else "tokenizer"
-        tokenizer = read_tokenizer(args.tokenizer, args.tokenizer_dir or default).to(device).requires_grad_(False)
+        tokenizer = read_tokenizer(args.tokenizer, args.tokenizer_dir or default).to(device)
     model = build_model(args, tokenizer.codes if tokenizer else None, device)
     models.restore("cim_pretrain", args, model, path=args.init)
     print(json.dumps({"images": len(images)} | evaluate(model, images, tokenizer, args)), flush=True)
@@ -674,7 +684,7 @@ def init_processes():
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                                                     # tensors on GPUs travel by nccl, others by gloo
+    if world > 1:                                    # tensors on GPUs travel by nccl, others by gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     args = data.together(parse_args)
     return args, rank, world, data.together(data.open_device, args.device)
@@ -769,16 +779,15 @@ def main():
         if epoch_ends and world > 1:
             dist.all_reduce(loss)
             loss /= world
-        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}   # waits for the GPU
+        loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
-        line |= {"img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
+        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
+                "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
         if epoch_ends:
             data.together(data.check_finite, line, model)
         if epoch_ends and rank == 0:
-            models.save(f"{args.output_dir}/checkpoint.pt",
-                        {"script": "cim_pretrain", "config": backbone_config(args), "args": vars(args),
-                         "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict()})
+            config = backbone_config(args)
+            models.save_checkpoint("cim_pretrain", args, config, step, model, optimizer, scaler)
             if not stop:
                 line |= evaluate(model, val_images, tokenizer, args)
                 path = f"{args.output_dir}/samples/step_{step:06d}.png"
@@ -787,7 +796,7 @@ def main():
             data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # evaluation and compilation are not timed
+        if epoch_ends or step == first_step + 1:                      # neither is timed
             timed_from, start_time = step, time.time()
 
     if stop and step < last_step:
@@ -795,7 +804,7 @@ def main():
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",
                     {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/", flush=True)
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

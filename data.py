@@ -1,4 +1,5 @@
-"""Datasets, transforms, one sampler, corruptions as functions of tensors, and what a run needs besides its loop.
+"""Datasets, transforms, the order of samples, corruptions as functions of tensors; and, in the last section,
+what a run needs besides its method and its loop: flags, folder, log and errors.
 
 Datasets return (PIL image, label), and `Transformed` turns such a pair into (tensor, label). Image tensors
 are float32, (B, 3, H, W), normalised with MEAN and STD. A corruption mask is boolean, True = corrupted; a
@@ -141,8 +142,8 @@ def read_rgb(path):
         if image.mode == "F":
             full = 1 if pixels.max() <= 1 else 255
         if not 0.1 * full < pixels.max() <= full:
-            warnings.warn(f"{path}: the brightest pixel is {pixels.max():g}, and {full} is taken for white; scale "
-                          "the images to that range, or they become black or white", stacklevel=2)
+            warnings.warn(f"{path}: the brightest pixel is {pixels.max():g}, and {full} is taken for white: "
+                          "scale the images to that range, or they become black or white", stacklevel=2)
         image = Image.fromarray((pixels / full * 255).clip(0, 255).round().astype(np.uint8))
     return image.convert("RGB")
 
@@ -224,12 +225,11 @@ def cifar10(train=True):
 
 
 def unlabelled_dataset(name, train, img_size):
-    """The training or the held-out images of "shapes", "cifar10" or a folder, with train=None val/ or all images
-    that are not split. Raises BadInput.
+    """The training or the held-out images of "shapes", "cifar10" or a folder. Raises BadInput.
 
-    Of a folder that holds train/, val/ and nothing else but test/, val/ is held out. Of any other tree of
-    images, a hash of an image's path below the folder decides, so that adding or deleting others does not move it: one
-    of ten images is held out, one of 100 from 10,000 images on, and so forth.
+    Of a folder that holds train/ and val/, and no others but test/, val/ is held out. Of any other tree of
+    images, a hash of an image's path decides, so that adding or deleting others does not move it: one of ten
+    images is held out, from 10,000 images on one of 100, and so forth. train=None: val/, or else all images.
     """
     if name == "shapes":
         return Shapes(train, img_size)
@@ -274,8 +274,8 @@ def labelled_dataset(name, train, img_size):
         raise BadInput(f"classes differ ({describe_difference(train_set.classes, val_set.classes)}): "
                        f"give {name}/train and {name}/val the same class folders")
     if len(train_set.classes) < 2:
-        raise BadInput(f"--data {name} has the single class {train_set.classes[0]}: give at least two, each in a "
-                       "folder of its own below train/ and val/")
+        raise BadInput(f"--data {name} has the single class {train_set.classes[0]}: give at least two, each "
+                       "in a folder of its own below train/ and val/")
     return train_set if train else val_set
 
 
@@ -320,8 +320,8 @@ class Segmentation(Images):
         some = range(0, len(self), math.ceil(len(self) / 50))        # at most 50 masks
         found = set().union(*(np.unique(self.read_mask(index)).tolist() for index in some)) - {0}
         if len(found) < 2:
-            raise BadInput(f"the masks in {root}/annotations/{split} have {len(found) or 'no'} classes besides "
-                           f"0, at least in the {len(some)} that were looked at: {self.CONVENTION}")
+            raise BadInput(f"the masks in {root}/annotations/{split} have {len(found)} classes besides 0, at "
+                           f"least the {len(some)} that were looked at: {self.CONVENTION}")
 
     CONVENTION = "classes count from 1, and 0 is unlabelled; if yours count from 0, add 1, and make 255 a 0"
 
@@ -341,8 +341,8 @@ class Segmentation(Images):
         image, _ = super().__getitem__(index)
         mask = self.read_mask(index)
         if mask.shape != image.size[::-1]:
-            raise BadInput(f"the mask {self.masks[index]} is {mask.shape}, its image {image.size[::-1]} high and "
-                           "wide: give both the same size")
+            raise BadInput(f"the mask {self.masks[index]} is {mask.shape} high and wide, its image "
+                           f"{image.size[::-1]}: give both the same size")
         if max(mask.shape) > 8 * min(mask.shape):                    # enlarged, it would take gigabytes
             raise BadInput(f"the image {self.paths[index]} is {mask.shape} high and wide: cut it into parts")
         return image, tv_tensors.Mask(mask)
@@ -366,7 +366,7 @@ class Readable(Dataset):
 
 
 def check_data(args, *datasets):
-    """With --check_data, opens every image and prints what is wrong with any. Raises BadInput if one cannot be read."""
+    """With --check_data, opens every image and prints what is wrong with any. Raises BadInput if one is."""
     if not args.check_data or not is_first():
         return
     errors = [error for dataset in datasets for error in
@@ -374,7 +374,7 @@ def check_data(args, *datasets):
     print(*errors, f"{sum(map(len, datasets))} images were opened, {len(errors)} could not be used",
           sep="\n", flush=True)
     if errors:
-        raise BadInput(f"{len(errors)} images of --data {args.data} cannot be used, see above: repair or delete them")
+        raise BadInput(f"{len(errors)} images of --data {args.data} cannot be used: repair or delete them")
 
 
 # ---------------------------------------------------------------- transforms
@@ -412,7 +412,7 @@ def center_transform(img_size, crop_ratio=1.0, mean=MEAN, std=STD):
 
 
 def limit_aspect(image):
-    """Cuts the ends off an image that is over four times as long as wide: enlarged, it would take gigabytes."""
+    """Cuts the ends off an image over four times as long as wide: enlarged, it would take gigabytes."""
     H, W = image.shape[-2:]
     return v2.functional.center_crop(image, [min(H, 4 * W), min(W, 4 * H)])
 
@@ -421,8 +421,8 @@ def finetune_transform(img_size, randaug, erasing, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
     Differs from CIM's paper: torchvision's RandAugment applies two operations of one fixed strength. The
-    paper uses timm's, which skips each with probability 0.5, varies the strength (standard deviation 0.5), and
-    draws from a list of operations that is not quite the same.
+    paper uses timm's, which skips each with probability 0.5, varies the strength (standard deviation 0.5),
+    and draws from a slightly different list of operations.
     """
     # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
@@ -484,25 +484,31 @@ def fixed_images(dataset, img_size, count=32):
     return torch.stack([transform(dataset[index][0]) for index in indices])
 
 
+def evaluation_images(args, device):
+    """-> (B, 3, H, W), for --eval_only: up to 32 images of val/, or of all that are not split."""
+    return fixed_images(unlabelled_dataset(args.data, None, args.img_size), args.img_size).to(device)
+
+
 # ---------------------------------------------------------------- the order of the samples
 
 def default_workers():
-    """-> loader workers per process: this job's CPUs, divided among its processes on this machine; up to 16."""
+    """-> loader workers per process: this job's CPUs, divided among its processes here, and 16 at most."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class EndlessSampler(Sampler):
-    """The keys of `Transformed`, pairs (epoch, index), of one process for one optimizer step after the other, without end.
+    """The keys of `Transformed`, pairs (epoch, index), of one process: step after step, without end.
 
-    Every epoch has its own order, of which each step takes the next `batch_size` images, shared out among the
-    processes in turn; the images that are too few for another step are left out. A resumed run sets `step`.
+    Every epoch has its own order. Each step takes the next `batch_size` images of it, shared out among the
+    processes in turn; images too few for another step are left out. A resumed run sets `step`, which counts
+    from 0.
 
-    With `repeats` > 1 (repeated augmentation, Hoffer et al., 2019), each image appears that often in a batch, in
-    different crops. As in DeiT, an epoch is as long as without repeats, so it shows only 1 / repeats of the
-    images. A batch runs through its distinct images, then through them again. This keeps copies apart: MixUp and
-    CutMix mix each image with its neighbour, which must not be a copy of it. With 3 repeats, no neighbours are
-    copies, not even in accumulation parts, if each process has more than 10 images per step.
+    With `repeats` > 1 (repeated augmentation, Hoffer et al., 2019), each image appears that often in a batch,
+    in different crops. As in DeiT, an epoch is as long as without repeats, so it shows only 1 / repeats of
+    the images. A batch runs through its distinct images, then through them again. This keeps copies apart:
+    MixUp and CutMix mix each image with its neighbour, which must not be a copy of it. With 3 repeats, no
+    neighbours are copies, not even in accumulation parts, if each process has more than 10 images per step.
     """
 
     def __init__(self, size, batch_size, rank=0, world=1, seed=0, repeats=1):
@@ -545,7 +551,7 @@ def endless_loader(args, dataset, transform, rank, world, device, repeats=1):
 
 
 def pretraining_data(args, transform, rank, world, device):
-    """-> (loader of this process's training crops, at most 32 held-out images (B, 3, H, W)). Raises BadInput."""
+    """-> (loader of this process's training crops, up to 32 held-out images (B, 3, H, W))."""
     train_set = unlabelled_dataset(args.data, True, args.img_size)
     val_set = unlabelled_dataset(args.data, False, args.img_size)
     check_data(args, train_set, val_set)
@@ -597,7 +603,7 @@ def mask_grid(images, generator, cell, ratio):
 
 
 def random_rectangles(images, generator, count, area):
-    """-> (B, 1, H, W), True = corrupted: `count` rectangles of area U(*area), aspect ratio U(0.5, 2) (Table 1).
+    """-> (B, 1, H, W), True = corrupted: `count` rectangles, area U(*area), aspect ratio U(0.5, 2) (Table 1).
 
     Decision: the paper's "size" is a fraction of the image's area; 75 small rectangles then cover about
     68 % of an image, 25 large ones 54 %. They are placed uniformly inside the image and may overlap.
@@ -746,7 +752,7 @@ def add_run_flags(parser):
     g("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
       help="mixed precision; auto: bf16 or fp16 on a CUDA GPU, off elsewhere")
     g("--compile", action="store_true",
-      help="torch.compile the step: advised on GPUs; a minute or two to start, then up to three times as fast")
+      help="torch.compile the step: advised on GPUs; it takes a minute or two to start, and is then faster")
     g("--num_workers", type=number(int, 0, 1024), default=default_workers(),
       help="data loader workers per process; a GPU takes about five")
     g("--check_data", action="store_true", help="first open every image, and name all that cannot be read")
@@ -781,7 +787,7 @@ def together(function, *args, share=False):
     """
     if not dist.is_initialized():
         return function(*args)
-    # Messages have a group of their own. It waits for a day, because a process may download or train meanwhile.
+    # Messages have a group of their own, which waits for a day: a process may download or train meanwhile.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     result = error = None
     try:
@@ -794,7 +800,7 @@ def together(function, *args, share=False):
     if error:
         if is_first_of_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        dist.barrier(group)                                           # torchrun ends the others once one has ended
+        dist.barrier(group)                           # once one has ended, torchrun ends the others
         sys.exit(1)
     dist.destroy_process_group(group)
     return outcomes[0][1] if share else result
@@ -874,7 +880,7 @@ def remove_unused(folder):
 
 
 def download(url, path, check):
-    """Downloads a file, calls check(temporary path), and only then gives the file its name. Raises BadInput."""
+    """Downloads a file, calls check(temporary path), and gives the file its name. Raises BadInput."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         print(f"downloading {url}", flush=True)
@@ -894,8 +900,8 @@ def download(url, path, check):
 
 
 def start_log(args, title, model, dataset, step, dtype):
-    """The first process prints what the run is going to do, writes args.json, and removes from log.jsonl what a
-    killed run logged after `step`, from which this one continues.
+    """The first process prints what the run is going to do, writes args.json, and removes from log.jsonl what
+    a killed run logged after `step`, from which this one continues.
     """
     if not is_first():
         return
@@ -920,14 +926,15 @@ def start_log(args, title, model, dataset, step, dtype):
 
 def write_log(args, line, left=None):
     """Prints a line, {name: number}, and appends it to log.jsonl. left: the seconds until the run's end."""
-    line = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in line.items()}
+    line = {name: float(f"{value:.5g}") for name, value in line.items()}
     text = "  ".join(f"{name} {value:g}" for name, value in line.items())
     print(text + (f"  left {timedelta(seconds=round(left))}" if left is not None else ""), flush=True)
     try:
         with open(f"{args.output_dir}/log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
-        raise BadInput(f"cannot write {args.output_dir}/log.jsonl ({error.strerror}): make room, then --resume") from None
+        raise BadInput(f"cannot write {args.output_dir}/log.jsonl ({error.strerror}): make room, then "
+                       "--resume") from None
 
 
 def check_finite(line, model):
@@ -935,8 +942,8 @@ def check_finite(line, model):
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     bad += [name for name, param in model.named_parameters() if not param.isfinite().all()][:1]
     if bad:
-        raise BadInput(f"{bad[0]} is not finite at or before step {line['step']}: the last checkpoint is kept; "
-                       "--resume with a lower --lr, or with --amp off")
+        raise BadInput(f"{bad[0]} is not finite at or before step {line['step']}: the last checkpoint is "
+                       "kept; --resume with a lower --lr, or with --amp off")
 
 
 def peak_memory_mb(device):
@@ -948,7 +955,7 @@ def peak_memory_mb(device):
 
 
 def save_grid(path, columns):
-    """{name: normalised images (B, 3, H, W)} -> a PNG with a column for each name, and a row for each image."""
+    """{name: normalised images (B, 3, H, W)} -> a PNG with a column for each name, a row for each image."""
     tiles = denormalize(torch.stack(list(columns.values()), dim=1).flatten(0, 1))
     tiles = F.interpolate(tiles, scale_factor=max(1, round(96 / tiles.shape[3])), mode="nearest")
     grid = make_grid(tiles, nrow=len(columns), pad_value=1)
@@ -963,18 +970,14 @@ def save_page(path, grid, names):
     draw = ImageDraw.Draw(page)
     for i, name in enumerate(names):
         draw.text(((i + 0.5) * image.width / len(names), 8), name, "black", anchor="mm")
-    try:
-        page.save(f"{path}.tmp", format="png")
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path} ({error.strerror}): make room, then --resume") from None
+    page.save(path)
 
 
 stop_signals = []                                                     # Ctrl-C or SIGTERM since the loop began
 
 
 def catch_signals():
-    """From now on, Ctrl-C and SIGTERM ask for a stop after the current step. A second Ctrl-C stops at once."""
+    """From now on, Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once."""
     def note(number, frame):
         stop_signals.append(number)
         if number == signal.SIGINT and stop_signals.count(number) > 1:
@@ -999,10 +1002,11 @@ def stop_requested():
 
 
 # What errors of PyTorch's say, and what to do. Others keep their traceback.
+LESS = "raise --accum_steps, or lower --batch_size or --img_size"
 ADVICE = {"shared memory": "shared memory is full: in Docker, give --shm-size 8g, or take --num_workers 0",
-          "unable to open shared memory": "shared memory is full: in Docker, give --shm-size 8g",
-          "is killed by signal": "a data loader worker was killed, perhaps for want of memory: lower --num_workers",
-          "can't allocate memory": "the memory is full: raise --accum_steps, or lower --batch_size or --img_size",
+          "is killed by signal": "a data loader worker was killed; if memory is short, lower --num_workers",
+          "can't allocate memory": f"the memory is full: {LESS}",
+          "out of memory": f"the GPU's memory is full: {LESS}",
           "Too many open files": "too many files are open: lower --num_workers, or raise `ulimit -n`",
           "onnection": "another process cannot be reached: see its error, then --resume",
           "imed out": "another process did not answer: see its error, then --resume"}
@@ -1016,8 +1020,6 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: raise --accum_steps, or lower --batch_size or --img_size")
     except KeyboardInterrupt:
         sys.exit("stopped; what was trained since the last checkpoint is lost, --resume continues from there")
     except (BadInput, OSError, RuntimeError) as error:

@@ -5,16 +5,19 @@ to the image gives a restoration step x - alpha * dE/dx. A corrupted image takes
 downhill, and the weights learn to lead it back to the original (eq. 5; with --corrupt sort, eq. 7 on the
 position embeddings). --method autoencoder trains the baselines of Tables 1 and 2: MAE and its variants.
 
-    python energy_pretrain.py --recipe short                                                     # one process
-    torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet --compile  # one node
+    python energy_pretrain.py --recipe short                         # one process; below: one node, two nodes
+    torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet --compile
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        energy_pretrain.py --model vit_b --data /path/to/imagenet --batch_size 1024 --compile    # two nodes
+        energy_pretrain.py --model vit_b --data /path/to/imagenet --batch_size 1024 --compile
 
 Measured: MEASURED
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch starts: else, idle threads block a busy CPU
+
 import json
 import math
-import os
 import sys
 import time
 from functools import partial
@@ -35,8 +38,8 @@ MIX = ("grid", "sr", "denoise", "color")          # what --corrupt mix draws fro
 # Decision: the mix masks cells of a grid, the variant that Table 1 compares with MAE.
 
 # --recipe short, our own: a small model on small images, in minutes on a CPU.
-SHORT = dict(model="vit_nano", img_size=32, patch_size=4, corrupt="sr", energy_steps=1, batch_size=32, lr=3e-3,
-             epochs=2)
+SHORT = dict(model="vit_nano", img_size=32, patch_size=4, corrupt="sr", energy_steps=1, batch_size=32,
+             lr=3e-3, epochs=2)
 
 
 # ---------------------------------------------------------------- arguments
@@ -65,12 +68,13 @@ def parse_args():
     g("--energy_steps", type=number(int, 0, 100), metavar="N", default=2,
       help="gradient steps on each corrupted image; Table 3 takes 1 for ViT-B and ViT-L; "
       "0: no step, corrupted images serve as negatives (Figure A)")
-    g("--energy_scale", type=number(float, 1e-6), metavar="FACTOR", help="a constant factor of the energy; 1: "
-      "the paper's; if not given, one that makes the first dE/dx have a root mean square of 1")
+    g("--energy_scale", type=number(float, 1e-6), metavar="FACTOR",
+      help="a constant factor of the energy; 1: the paper's; if not given, it makes the first dE/dx have a "
+      "root mean square of 1")
     g("--alpha", default="learned", choices=["learned", "predicted"],
       help="the step size: one learned number, or one predicted for each image by a linear head")
-    # Decision: the paper's cells and factor, 16 at 224/16, follow the patch size. On small images they are half
-    # of it: a factor equal to the patch size leaves one colour of a patch, and a small ViT learns little.
+    # Decision: the paper's cells and factor, 16 at 224/16, follow the patch size. On small images they are
+    # half of it: a factor equal to the patch size leaves one colour of a patch, and little to learn from.
     g("--mask_cell", type=number(int, 1, 1024), help="side of a grid cell in pixels; if not given, the patch "
       f"size, or below {data.SMALL} pixels half of it")
     # Larger factors need more shared memory than CUDA's antialiased bicubic has.
@@ -78,12 +82,14 @@ def parse_args():
     # Decision: the paper tries several ratios and does not say which one the mix uses; 0.75 is MAE's.
     g("--mask_ratio", type=number(float, 0.01, 0.99), default=0.75,
       help="fraction of the grid's cells that are blanked")
-    g("--sort_whole", action="store_true", help="sort all patches with their edges, without the regularisation "
-      "of sec. A.2: matching edges is then a trivial solution (sec. 3.4)")
+    g("--sort_whole", action="store_true",
+      help="sort all patches with their edges, without the regularisation of sec. A.2: matching edges is "
+      "then a trivial solution (sec. 3.4)")
 
-    # Decision: the text at hand lacks the paper's Table A. "Most of the experimental settings follow" MAE (sec. 4):
-    # betas, weight decay, cosine and the rule for the rate are MAE's. Rate and batch size are from a transcript of Table A
-    # whose source can no longer be found. The baselines take the same (MAE: a base rate of 1.5e-4 at 4,096).
+    # Decision: the text at hand lacks the paper's Table A. "Most of the experimental settings follow" MAE
+    # (sec. 4): betas, weight decay, cosine and the rule for the rate are MAE's. Rate and batch size are from
+    # a transcript of Table A whose source can no longer be found. The baselines take the same, where MAE has
+    # a base rate of 1.5e-4 and batches of 4,096.
     g = p.add_argument_group("training").add_argument
     g("--epochs", type=number(int, 1), default=200, help="passes over the training images")
     # Decision: warm-up and clipping stand in no text at hand.
@@ -98,13 +104,15 @@ def parse_args():
     g("--clip_grad", type=number(float, 0), default=1.0, help="largest gradient norm; 0: no clipping")
     data.add_run_flags(p)
     g = p.add_argument_group("evaluation").add_argument
-    g("--eval_only", action="store_true", help="measure a trained checkpoint.pt on the images of --data, and write a "
-      "picture of them beside it; --corrupt and --energy_steps may differ from training")
+    g("--eval_only", action="store_true",
+      help="measure a trained checkpoint.pt on the images of --data, and write a picture of them beside it; "
+      "--corrupt and --energy_steps may differ from training")
     g("--init", metavar="FILE", help="the checkpoint.pt to measure; if not given, OUTPUT_DIR/checkpoint.pt")
 
     typed = args = p.parse_args()
     if args.recipe == "short":
-        args = p.parse_args([*data.as_flags(SHORT), *sys.argv[1:]])   # of a flag given twice, the last one counts
+        # Of a flag given twice, the last one counts.
+        args = p.parse_args([*data.as_flags(SHORT), *sys.argv[1:]])
     if args.eval_only:
         args.init = args.init or f"{args.output_dir or f'runs/{args.method}_{args.model}'}/checkpoint.pt"
         args = p.parse_args([*data.as_flags(models.read_args(args.init)), *sys.argv[1:], "--init", args.init])
@@ -115,9 +123,9 @@ def parse_args():
     if args.method == "autoencoder":
         if not is_vit:
             p.error(f"--method autoencoder is for ViTs, not {args.model}: choose a ViT, or --method energy")
-        if typed.energy_steps != p.get_default("energy_steps") or args.alpha != "learned" or args.energy_scale:
-            p.error("--energy_steps, --energy_scale and --alpha are for --method energy: an autoencoder restores in "
-                    "one pass, so leave them out")
+        if args.alpha != "learned" or args.energy_scale or typed.energy_steps != 2:
+            p.error("--energy_steps, --energy_scale and --alpha are for --method energy: an autoencoder "
+                    "restores in one pass, so leave them out")
         args.energy_steps = 1
     if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
@@ -207,8 +215,8 @@ class EnergyModel(nn.Module):
     def forward(self, x, target, **context):
         """-> (the loss: for N > 0, the MSE of the restored x and the target; the detached restored x)."""
         if self.num_steps > 0:
-            # Eq. (5) stops the gradient (SG) of E's argument alone, Algorithm 1 (line 8) that of the whole x. This
-            # is Algorithm 1.
+            # Eq. (5) stops the gradient (SG) of E's argument alone, Algorithm 1 (line 8) that of the whole x.
+            # This is Algorithm 1.
             x = self.restore(x.detach(), **context)
             return F.mse_loss(x, target), x.detach()
         # Figure A, N = 0: no step is taken, and corrupted images serve as negatives.
@@ -224,7 +232,7 @@ class AutoEncoder(nn.Module):
         tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions except for sort)
         MAE:        mse(pixels of the masked patches, each patch normalised)
         sort:       cross entropy(the patch's position among N); the encoder has no position embedding
-                                                        # Decision: the paper says "directly predict the position"
+                                         # Decision: the paper says "directly predict the position"
         otherwise:  mse(all pixels)                     # Decision: not normalised, as in eq. (5)
 
     It has the interface of EnergyModel.
@@ -253,7 +261,9 @@ class AutoEncoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def decode(self, tokens, positions):
-        """Tokens (B, 1 + M, width), class token first, and embeddings of the M patches' positions -> (B, M, outputs)."""
+        """Tokens (B, 1 + M, width), class token first, and the M patches' position embeddings or 0 ->
+        (B, M, outputs).
+        """
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:] + positions], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -309,7 +319,7 @@ def corrupt_batch(task, images, generator, model, args):
     """-> (x_0, its target, context: the remaining arguments of model(x_0, target, **context)).
 
     Most tasks: x_0 is the corrupted images, the target the images; there is no context.
-    MAE (the autoencoder with grid masks): the same, and `keep` (B, M), the visible patches, the only ones that enter.
+    MAE (is_mae): the same, and `keep` (B, M), the indices of the visible patches, the only ones that enter.
     sort: x_0 is shuffled position embeddings (B, M, dim), the target the true ones, `images` what the patches
     are cut from, and `keep` (B, M) which patches enter.
     """
@@ -340,9 +350,9 @@ def corrupt_batch(task, images, generator, model, args):
 def calibrate_and_freeze_unused(model, x, target, context, calibrate=True):
     """Scales the energy and freezes unused weights, by a dry step on a batch.
 
-    Scale: a fresh network's dE/dx is far too small to restore anything (6,631 times for vit_s, 5,581 for vit_b,
-    1,597 for convnext_t, 402 for resnet50), and short runs end before the weights have grown. Decision: a constant
-    factor makes dE/dx start with a root mean square of 1. --energy_scale 1 is the paper's energy.
+    Scale: a fresh network's dE/dx is far too small to restore anything, and short runs end before the weights
+    have grown. Decision: a constant factor makes dE/dx start with a root mean square of 1. It is 6,631 for
+    vit_s, 5,581 for vit_b, 1,597 for convnext_t and 402 for resnet50; --energy_scale 1 is the paper's energy.
     Unused weights have no influence on the loss, such as the last LayerNorm's bias, which does not change
     dE/dx. They never get a gradient, and DDP would wait for one.
     """
@@ -363,11 +373,12 @@ def backbone_config(args):
     # ResNets get GroupNorm instead of BatchNorm (sec. B.3).
     # Decision: ViTs have a fixed sine-cosine position embedding, as in MAE.
     return {"model": args.model, "img_size": args.img_size, "patch_size": args.patch_size, "pool": args.pool,
-            "norm": "group", "mean": data.MEAN, "std": data.STD, "method": args.method, "objective": args.corrupt}
+            "norm": "group", "mean": data.MEAN, "std": data.STD, "method": args.method,
+            "objective": args.corrupt}
 
 
 def build_model(args, images):
-    """-> EnergyModel or AutoEncoder on the images' device, made ready on the first of them. Raises BadInput."""
+    """-> EnergyModel or AutoEncoder on the images' device, made ready on the first of them."""
     torch.manual_seed(args.seed)
     backbone = models.build_backbone(args.model, args.img_size, args.patch_size, args.pool, norm="group")
     if args.img_size < backbone.stride:
@@ -406,7 +417,7 @@ def prepare(args, resume, rank, world, device):
 
 @torch.no_grad()
 def trajectory(model, task, images, args):
-    """-> ([x_0, ..., x_N], target, context): images (B, 3, H, W), corrupted with a fixed seed, and restored."""
+    """-> ([x_0, ..., x_N], target, context): images corrupted with a fixed seed, and restored in N steps."""
     generator = torch.Generator(images.device).manual_seed(args.seed)
     x, target, context = corrupt_batch(task, images, generator, model, args)
     steps = [x]
@@ -481,7 +492,7 @@ def paste_patches(model, x, images, keep):
 
 def evaluate_checkpoint(args, device):
     """--eval_only: prints one line of numbers and writes one picture beside the checkpoint."""
-    images = data.fixed_images(data.unlabelled_dataset(args.data, None, args.img_size), args.img_size).to(device)
+    images = data.evaluation_images(args, device)
     model = build_model(args, images)
     models.restore("energy_pretrain", args, model, path=args.init)
     print(json.dumps({"images": len(images)} | evaluate(model, images, args)), flush=True)
@@ -499,7 +510,7 @@ def init_processes():
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                                                     # tensors on GPUs travel by nccl, others by gloo
+    if world > 1:                                    # tensors on GPUs travel by nccl, others by gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     args = data.together(parse_args)
     return args, rank, world, data.together(data.open_device, args.device)
@@ -594,16 +605,15 @@ def main():
         if epoch_ends and world > 1:
             dist.all_reduce(loss)
             loss /= world
-        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}   # waits for the GPU
+        loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
-        line |= {"img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
+        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
+                "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
         if epoch_ends:
             data.together(data.check_finite, line, model)
         if epoch_ends and rank == 0:
-            models.save(f"{args.output_dir}/checkpoint.pt",
-                        {"script": "energy_pretrain", "config": backbone_config(args), "args": vars(args),
-                         "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict()})
+            config = backbone_config(args)
+            models.save_checkpoint("energy_pretrain", args, config, step, model, optimizer, scaler)
             if not stop:
                 line |= evaluate(model, val_images, args)
                 save_picture(f"{args.output_dir}/samples/step_{step:06d}.png", model, val_images, args)
@@ -613,7 +623,7 @@ def main():
             data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # evaluation and compilation are not timed
+        if epoch_ends or step == first_step + 1:                      # neither is timed
             timed_from, start_time = step, time.time()
 
     if stop and step < last_step:
@@ -621,7 +631,7 @@ def main():
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",
                     {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/", flush=True)
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

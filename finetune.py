@@ -5,17 +5,21 @@ energy (Wang et al., ICLR 2023, secs. A.1, B.4) and CIM (Fang et al., ICLR 2023,
 --init takes a file of the pretraining scripts, whose config then chooses the recipe, or a state dict with the
 parameter names of timm, MAE or torchvision.
 
-    python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short                    # one process
-    torchrun --nproc_per_node 8 finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet --compile
+    python finetune.py --init runs/energy_vit_nano/backbone.pt --recipe short   # below: one node, two nodes
+    torchrun --nproc_per_node 8 \\
+        finetune.py --init runs/energy_vit_s/backbone.pt --data /path/to/imagenet --compile
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet --compile  # two nodes
+        finetune.py --init runs/cim_respix_vit_b/backbone.pt --data /path/to/imagenet --compile
 
 Measured: MEASURED
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch starts: else, idle threads block a busy CPU
+
 import copy
 import json
 import math
-import os
 import sys
 import time
 
@@ -44,11 +48,12 @@ CIM = dict(epochs=200, lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epoch
 # Table 14's learning rates by the model and objective of --init; all others take 3e-3. For ViT-S, the table
 # has "3e-3 or 4e-3". Decision: REVDET takes the higher one, because ViT-B's REVDET does.
 CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
-# Energy: "most of the experimental settings follow" MAE (sec. 4); Table A with the others is lost. Decision: a *base*
-# rate of 1e-3 and a layer decay of 0.75, the pair of defaults of MAE's public code; by its rule (base x batch / 256),
-# 4e-3 at a batch of 1,024. Decision: drop path 0.1 for ViT-L too (MAE: 0.2). Decision: no new norm before the linear
-# layer, because the paper replaces only that layer. With 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10
-# epochs at 1e-3, mean of three seeds), --head_norm none reached 30.3 % top-1, layer 32.1 and batch 35.9.
+# Energy: "most of the experimental settings follow" MAE (sec. 4); Table A, with the others, is lost.
+# Decision: a *base* rate of 1e-3 and a layer decay of 0.75, the pair of defaults of MAE's public code; by its
+# rule (base x batch / 256), the rate is 4e-3 at a batch of 1,024. Decision: drop path 0.1 for ViT-L, too,
+# where MAE has 0.2. Decision: no new norm before the linear layer, as the paper replaces only that layer.
+# With 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs at 1e-3, mean of three seeds),
+# --head_norm none reached 30.3 % top-1, layer 32.1 and batch 35.9.
 ENERGY = CIM | dict(lr=4e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875)
 # Energy: Table 3 (its other tables: 100 epochs); CIM: Table 14. Decision: 50 for CIM's ViT-L, too.
 EPOCHS = {"vit_b": 100, "vit_l": 50}                    # other models: 200
@@ -69,20 +74,21 @@ SHORT = ENERGY | NO_AUGMENTATION | dict(epochs=2, lr=1e-3, batch_size=32, layer_
 
 # Decision: the papers do not say how their probes are trained. As in MAE: crops, flips, 90 epochs, no weight
 # decay, features standardised by a BatchNorm; but AdamW instead of LARS, which is for batches of thousands.
-PROBE = ENERGY | NO_AUGMENTATION | dict(epochs=90, lr=1e-3, warmup_epochs=10, weight_decay=0.0, layer_decay=1.0,
-                                        head_norm="batch", drop_path=0.0, label_smoothing=0.0)
+PROBE = ENERGY | NO_AUGMENTATION | dict(epochs=90, lr=1e-3, warmup_epochs=10, weight_decay=0.0,
+                                        layer_decay=1.0, head_norm="batch", drop_path=0.0,
+                                        label_smoothing=0.0)
 # Our own recipe, for 5,000 images; with 50,000, --epochs 2 takes as many steps. On 5,000 CIFAR-10 images, it
 # reached 38.4 % top-1; ridge regression reached 39.8 on augmented crops, 41.8 on centre crops (standard error
 # 1.1).
 SHORT_PROBE = PROBE | dict(epochs=20, lr=0.1, batch_size=32)
 
 # CIM's sec. 3.2 for ViTs: 160,000 steps are 127 epochs of ADE20K. Decision: what the paper leaves open is
-# as in BEiT's code (warm-up of 1,500 steps, weight decay, drop path). Energy's ViTs take it, too; the energy paper
-# names no recipe. ConvNeXt and Swin train like ViTs.
+# as in BEiT's code (warm-up of 1,500 steps, weight decay, drop path). Decision: energy's ViTs take it, too,
+# as that paper names no recipe, and ConvNeXt and Swin train like ViTs.
 SEGMENT = dict(epochs=127, lr=3e-4, batch_size=16, weight_decay=0.05, warmup_epochs=1.2, layer_decay=0.8,
                clip_grad=0.0, drop_path=0.1, repeats=1, img_size=512, power=1.0)
-# For ResNets: SGD; 80,000 steps are 64 epochs. Decision: lr, weight decay and power are MMSegmentation's; here, SGD
-# spares biases and norms, and its rate ends at 0.
+# For ResNets: SGD; 80,000 steps are 64 epochs. Decision: lr, weight decay and power are MMSegmentation's;
+# here, weight decay spares biases and norms, and the rate ends at 0.
 SEGMENT_RESNET = SEGMENT | dict(epochs=64, lr=1e-2, weight_decay=5e-4, warmup_epochs=0, layer_decay=1.0,
                                 drop_path=0.0, power=0.9)
 
@@ -107,20 +113,22 @@ def parse_args():
     g("--img_size", type=number(int, 8, 4096), help="side in pixels; if not given, --init's, else 224, "
       "but 160 for rsb's 100 epochs, and 512 to segment what was pretrained at 224")
     g("--patch_size", type=number(int, 1, 256), help="a ViT's, in pixels; if not given, --init's, else 16")
-    g("--pool", choices=["cls", "mean"], help="a ViT's feature: class token or patch mean; if not given, --init's, "
-      "else mean")
+    g("--pool", choices=["cls", "mean"],
+      help="a ViT's feature: class token or patch mean; if not given, --init's, else mean")
     g("--norm", choices=["batch", "group"], help="a ResNet's; if not given, --init's, else batch")
-    g("--mean", type=number(float, 0, 1), nargs=3, metavar="M", help="of the pixels, which are normalised with it; "
-      "if not given, --init's, else ImageNet's")
-    g("--std", type=number(float, 0.001, 1), nargs=3, metavar="S", help="as --mean; .5 .5 .5 for timm's augreg ViTs")
+    g("--mean", type=number(float, 0, 1), nargs=3, metavar="M",
+      help="of red, green and blue, to normalise images with; if not given, --init's, else ImageNet's")
+    g("--std", type=number(float, 0.001, 1), nargs=3, metavar="S",
+      help="as --mean; both are .5 .5 .5 for some of timm's ViTs")
     g("--num_classes", type=number(int, 2, 4096),
       help="to segment, not counting 0 (unlabelled); if not given, 150")
     g("--label_fraction", type=number(float, 1e-6, 1),
       help="fraction of each class to train on; if not given, all. Decision: drawn, not a published list")
 
     g = p.add_argument_group("recipe (if not given, the recipe's value)").add_argument
-    g("--recipe", choices=["energy", "cim", "rsb", "short"], help="if not given, rsb (by --epochs) for ResNets, else "
-      "that of the method that wrote --init, else energy; short: for small models, in minutes")
+    g("--recipe", choices=["energy", "cim", "rsb", "short"],
+      help="if not given, rsb (by --epochs) for ResNets, else that of the method that wrote --init, else "
+      "energy; short: for small models, in minutes")
     g("--probe", choices=["linear", "mlp"], help="train only one layer, or three, on the frozen backbone")
     g("--head_norm", choices=["none", "layer", "batch"], help="norm before the linear layer; none: the "
       "pretrained feature as it is; layer: a new LayerNorm of a ViT's patch mean, instead of its last one; "
@@ -138,7 +146,8 @@ def parse_args():
     g("--warmup_epochs", type=number(float, 0), help="the recipe's is at most a fifth of the epochs")
     g("--batch_size", type=number(int, 1), help="images per optimizer step, over all processes")
     g("--accum_steps", type=number(int, 1), default=1, help="parts per batch; raise it when memory is short")
-    g("--lr", type=number(float, 1e-12), help="peak learning rate; the recipe's is scaled with the batch size")
+    g("--lr", type=number(float, 1e-12),
+      help="peak learning rate; the recipe's is scaled with the batch size")
     g("--weight_decay", type=number(float, 0, 10), help="the optimizer's, on matrices and kernels only")
     g("--clip_grad", type=number(float, 0), help="largest gradient norm; 0: no clipping")
     data.add_run_flags(p)
@@ -156,18 +165,17 @@ def parse_args():
     backbone = {name: config.get(name, default) for name, default in BACKBONE.items() if name not in recipe}
     settings = {"task": typed.task, **backbone, **recipe, "num_classes": 150,
                 "output_dir": f"runs/finetune_{typed.model}"}
-    args = p.parse_args([*data.as_flags({name: value for name, value in settings.items() if hasattr(typed, name)}),
-                         *sys.argv[1:]])                              # of a flag given twice, the last one counts
-    for name, value in settings.items():                              # a recipe's values that have no flag
-        if not hasattr(args, name):
-            setattr(args, name, value)
+    flags = {name: value for name, value in settings.items() if hasattr(typed, name)}
+    # Of a flag given twice, the last one counts: the typed one.
+    args = p.parse_args([*data.as_flags(flags), *sys.argv[1:]])
+    vars(args).update({name: value for name, value in settings.items() if name not in flags})
     args.recipe_values = {name: getattr(args, name) for name in recipe}
     args.config = {name: config[name] for name in ("method", "objective") if name in config}
     return args
 
 
 def read_config(path):
-    """-> the config in a backbone.pt or checkpoint.pt; nothing if there is none, or what other programs wrote."""
+    """-> the config in a backbone.pt or checkpoint.pt; an empty one if another program wrote the file."""
     content = models.read_file(path)
     config = content.get("config") if isinstance(content, dict) else None
     if not isinstance(config, dict) or config.get("model") not in models.MODELS:
@@ -237,7 +245,7 @@ def choose_recipe(args, config):
 
 
 def resolve_from_checkpoint(p, typed):
-    """-> the arguments for --eval_only: a checkpoint.pt of this script says what was trained. Raises BadInput."""
+    """-> the arguments for --eval_only: a checkpoint.pt of this script says what was trained."""
     if not typed.init and not typed.output_dir:
         p.error("--eval_only needs a checkpoint to measure: give --init or --output_dir")
     typed.init = typed.init or f"{typed.output_dir}/checkpoint.pt"
@@ -458,21 +466,30 @@ def scheduled_rate(args, step, total_steps, warmup_steps):
 # ---------------------------------------------------------------- data and model
 
 def build_data(args, rank, world, device):
-    """-> (loader of training batches, loader of this process's part of the validation images). Raises BadInput."""
+    """-> (loader of training batches, loader of this process's part of the validation images)."""
+    val_set, val_transform = build_validation(args)
+    color = {"mean": args.mean, "std": args.std}
     if args.task == "segment":
-        train_set, val_set = (data.Segmentation(args.data, train, args.num_classes) for train in (True, False))
-        train_transform = data.segment_transform(args.img_size, True, args.mean, args.std)
-        val_transform = data.segment_transform(args.img_size, False, args.mean, args.std)
+        train_set = data.Segmentation(args.data, True, args.num_classes)
+        transform = data.segment_transform(args.img_size, True, **color)
     else:
-        train_set, val_set = (data.labelled_dataset(args.data, train, args.img_size) for train in (True, False))
-        train_transform = data.finetune_transform(args.img_size, args.randaug, args.erasing, args.mean, args.std)
-        val_transform = data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
-        args.num_classes = len(val_set.classes)
+        train_set = data.labelled_dataset(args.data, True, args.img_size)
+        transform = data.finetune_transform(args.img_size, args.randaug, args.erasing, **color)
     data.check_data(args, train_set, val_set)
     if args.label_fraction:
         train_set = Subset(train_set, data.few_labels(train_set.targets, args.label_fraction, args.seed))
-    loader = data.endless_loader(args, train_set, train_transform, rank, world, device, args.repeats)
+    loader = data.endless_loader(args, train_set, transform, rank, world, device, args.repeats)
     return loader, validation_loader(args, val_set, val_transform, rank, world)
+
+
+def build_validation(args):
+    """-> (validation set, its transform); sets args.num_classes to the number of class folders."""
+    if args.task == "segment":
+        transform = data.segment_transform(args.img_size, False, args.mean, args.std)
+        return data.Segmentation(args.data, False, args.num_classes), transform
+    dataset = data.labelled_dataset(args.data, False, args.img_size)
+    args.num_classes = len(dataset.classes)
+    return dataset, data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
 
 
 def validation_loader(args, dataset, transform, rank, world):
@@ -497,8 +514,9 @@ def build_model(args, device):
     """-> Classifier or Segmenter on the device, with the weights of --init. Raises BadInput."""
     torch.manual_seed(args.seed)
     try:
-        backbone = models.build_backbone(args.model, args.img_size, args.patch_size, args.pool, norm=args.norm,
-                                         drop_rate=args.drop_path, dilated=args.task == "segment")
+        backbone = models.build_backbone(args.model, args.img_size, args.patch_size, args.pool,
+                                         norm=args.norm, drop_rate=args.drop_path,
+                                         dilated=args.task == "segment")
         if args.init and not args.eval_only:
             models.load_weights(backbone, models.read_file(args.init))
         if args.task == "segment":
@@ -507,8 +525,8 @@ def build_model(args, device):
             model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
                                args.label_smoothing)
     except (RuntimeError, TypeError, ValueError) as error:            # TypeError: --init holds no dict
-        raise data.BadInput(f"--init {args.init} does not fit {args.model} with --img_size {args.img_size} and "
-                            f"--patch_size {args.patch_size}: {models.one_line(error)}") from None
+        raise data.BadInput(f"--init {args.init} does not fit {args.model} with --img_size {args.img_size} "
+                            f"and --patch_size {args.patch_size}: {models.one_line(error)}") from None
     if isinstance(backbone, models.ViT):
         # Decision: even if it was fixed, as the energy paper has it for sorting.
         backbone.pos_embed.requires_grad_(True)
@@ -614,14 +632,7 @@ def save_picture(path, model, dataset, device, mean, std):
 
 def prepare_evaluation(args, rank, world, device):
     """For --eval_only -> (model, validation loader). Raises BadInput and OSError."""
-    if args.task == "segment":
-        dataset = data.Segmentation(args.data, False, args.num_classes)
-        transform = data.segment_transform(args.img_size, False, args.mean, args.std)
-    else:
-        dataset = data.labelled_dataset(args.data, False, args.img_size)
-        transform = data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
-        args.num_classes = len(dataset.classes)
-    loader = validation_loader(args, dataset, transform, rank, world)
+    loader = validation_loader(args, *build_validation(args), rank, world)
     check_classes(args, models.read_file(args.init), loader)
     model = build_model(args, device)
     models.restore("finetune", args, model, path=args.init)
@@ -637,7 +648,7 @@ def init_processes():
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                                                     # tensors on GPUs travel by nccl, others by gloo
+    if world > 1:                                    # tensors on GPUs travel by nccl, others by gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     args = data.together(parse_args)
     return args, rank, world, data.together(data.open_device, args.device)
@@ -730,30 +741,29 @@ def main():
         if epoch_ends and world > 1:
             dist.all_reduce(loss)
             loss /= world
-        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "lr": lr}   # waits for the GPU
+        loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
-        line |= {"img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
+        line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
+                "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
         if epoch_ends:
             data.together(data.check_finite, line, model)
             if rank == 0:
-                models.save(f"{args.output_dir}/checkpoint.pt",
-                            {"script": "finetune", "config": backbone_config(args), "args": vars(args),
-                             "classes": val_loader.dataset.dataset.classes, "step": step, "best": best,
-                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                             "scaler": scaler.state_dict()})
+                classes = val_loader.dataset.dataset.classes
+                models.save_checkpoint("finetune", args, backbone_config(args), step, model, optimizer,
+                                       scaler, classes=classes, best=best)
         if epoch_ends and not stop:
             measured = evaluate(model, val_loader, device, dtype, world)
             best = max(best, measured[model.metric])
             line |= measured | {f"best_{model.metric}": best}
             if args.task == "segment" and rank == 0:
-                save_picture(f"{args.output_dir}/samples/step_{step:06d}.png", model, val_loader.dataset, device,
-                             args.mean, args.std)
+                path = f"{args.output_dir}/samples/step_{step:06d}.png"
+                save_picture(path, model, val_loader.dataset, device, args.mean, args.std)
             model.train()
         if rank == 0:
             data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # evaluation and compilation are not timed
+        if epoch_ends or step == first_step + 1:                      # neither is timed
             timed_from, start_time = step, time.time()
 
     if stop and step < last_step:
@@ -761,7 +771,7 @@ def main():
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",
                     {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/", flush=True)
+        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def unpatchify(patches, p, W):
 def sincos_2d(dim, grid_size):
     """Fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al., 2021): (1, grid_size ** 2, dim).
 
-    Decision: the channels have the order of MAE's code. A quarter of the channels each for sin(x), cos(x), sin(y), cos(y); `dim` must be a multiple of 4.
+    A quarter of the channels each for sin(x), cos(x), sin(y), cos(y). Decision: in the order of MAE's code.
+    `dim` must be a multiple of 4.
     """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
@@ -685,7 +686,7 @@ class BadFile(OSError):
 
 
 class StandIn:
-    """Takes the place of the classes in a pickled module. It keeps an object's attributes and ignores all calls."""
+    """Replaces the classes of a pickled module. It keeps an object's attributes and ignores all calls."""
 
     def __init__(self, *args, **options):
         pass
@@ -700,9 +701,9 @@ class StandIn:
 def read_file(path, stand_in=False):
     """-> the content of a weight file, tensors in plain containers, on the CPU. Raises BadFile.
 
-    It reads PyTorch's zip files and .safetensors, and runs no code in them: torch's restricted unpickler builds
-    tensors only. argparse.Namespace is allowed as inert data, since MAE's files hold one; with stand_in, all
-    other classes become StandIns, of which the tensors can be taken.
+    It reads PyTorch's zip files and .safetensors, and runs no code in them: torch's restricted unpickler
+    builds tensors only. argparse.Namespace is allowed as inert data, since MAE's files hold one; with stand_in
+    all other classes become StandIns, of which the tensors can be taken.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):        # opening a FIFO could wait forever
@@ -713,8 +714,8 @@ def read_file(path, stand_in=False):
             start = file.read(4)
         # Files from before torch 1.6 can make torch read and write freed memory, even with weights_only.
         if start[:1] == b"\x80":
-            raise ValueError("has the format before torch 1.6, which cannot be read safely: if you trust its origin, "
-                             "convert it with torch.save(torch.load(path, weights_only=False), path)")
+            raise ValueError("has the format before torch 1.6, which cannot be read safely: if you trust its "
+                             "origin, convert it: torch.save(torch.load(path, weights_only=False), path)")
         if start != b"PK\x03\x04" or not zipfile.is_zipfile(path):
             raise ValueError("is truncated or not a weight file, perhaps a web page")
         allowed = [argparse.Namespace]
@@ -730,10 +731,11 @@ def read_file(path, stand_in=False):
     except ValueError as error:
         raise BadFile(f"{path} {error}") from None
     except Exception as error:                                       # torch.load raises many types
-        reason = "is damaged, or holds more than weights"
+        reason = one_line(error)
         with suppress(Exception):
-            reason += f": it asks for {', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3])}"
-        raise BadFile(f"{path} {reason if ':' in reason else f'{reason} ({one_line(error)})'}") from None
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            reason = f"it asks for {', '.join(names[:3])}" if names else reason
+        raise BadFile(f"{path} is damaged, or holds more than weights ({reason})") from None
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -741,7 +743,7 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def read_safetensors(path):
-    """-> {name: tensor}: eight bytes of length, a JSON header of that length, raw numbers. Raises ValueError."""
+    """-> {name: tensor}. The file: eight bytes of length, a JSON header of that length, raw numbers."""
     with open(path, "rb") as file:
         content = file.read()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -788,7 +790,7 @@ def module_tensors(module, prefix, seen):
 def check_tensor(name, tensor, like):
     """Raises ValueError unless a tensor from a file has the shape and kind of `like`, and all its numbers."""
     if tensor.shape != like.shape:
-        raise ValueError(f"size mismatch for {name}: {tuple(tensor.shape)} in the file, {tuple(like.shape)} here")
+        raise ValueError(f"size mismatch for {name}: {tuple(tensor.shape)}, and {tuple(like.shape)} here")
     if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
         raise ValueError(f"{name} has numbers of type {tensor.dtype}")
     # A stride of 0 makes a huge tensor of a tiny file.
@@ -828,24 +830,32 @@ def save(path, content):
 
 def read_args(path):
     """-> {name: value}: the arguments that describe the model in a checkpoint.pt of a pretraining script."""
-    saved = read_file(path)
+    content = read_file(path)
+    left_out = (*MAY_CHANGE, "recipe", "init")
     try:
-        return {name: value for name, value in saved["args"].items() if name not in (*MAY_CHANGE, "recipe", "init")}
+        return {name: value for name, value in content["args"].items() if name not in left_out}
     except (AttributeError, LookupError, TypeError):
         raise BadFile(f"{path} is no checkpoint.pt of a pretraining script") from None
 
 
+def save_checkpoint(script, args, config, step, model, optimizer, scaler, **more):
+    """Writes OUTPUT_DIR/checkpoint.pt, all that resuming needs. Raises BadFile."""
+    save(f"{args.output_dir}/checkpoint.pt",
+         {"script": script, "args": vars(args), "config": config, "step": step, "model": model.state_dict(),
+          "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **more})
+
+
 # The arguments that may change when a run is resumed. The others determine the method or the images' order.
-MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device", "amp",
-              "compile", "num_workers", "check_data", "tokenizer_dir", "freeze_generator", "output_dir", "resume",
-              "eval_only")
+MAY_CHANGE = ("epochs", "warmup_epochs", "lr", "clip_grad", "max_steps", "accum_steps", "data", "device",
+              "amp", "compile", "num_workers", "check_data", "tokenizer_dir", "freeze_generator",
+              "output_dir", "resume", "eval_only", "recipe_values")
 
 
 def restore(script, args, model, optimizer=None, scaler=None, path=None):
     """Loads OUTPUT_DIR/checkpoint.pt, or `path`, into model, optimizer and scaler. -> the file's content.
 
-    Raises BadFile unless the same script wrote it with the same arguments, except for those of MAY_CHANGE. Without an
-    optimizer, the arguments may differ.
+    Raises BadFile unless the same script wrote it, and, if there is an optimizer, with the same arguments,
+    except for those of MAY_CHANGE.
     """
     path = path or f"{args.output_dir}/checkpoint.pt"
     checkpoint = read_file(path)
@@ -861,10 +871,10 @@ def restore(script, args, model, optimizer=None, scaler=None, path=None):
                 scaler.load_state_dict(checkpoint["scaler"])
         if not 0 <= int(checkpoint["step"]) < 1e12:
             raise ValueError(f"its step count is {checkpoint['step']}")
-    except Exception as error:                                       # a file made by hand can raise many types
+    except Exception as error:                               # a file made by hand can raise many types
         reason = f"{type(error).__name__}: {one_line(error)}".removeprefix("ValueError: ")
-        raise BadFile(f"cannot continue from {path} ({reason}): it needs the script, the flags and the folder of "
-                      "the run that wrote it") from None
+        raise BadFile(f"cannot continue from {path} ({reason}): this needs the script, the flags and the "
+                      "folder of the run that wrote it") from None
     return checkpoint
 
 
@@ -891,27 +901,29 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "student
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "mask_token")
 # What keys show about a file whose model is not built here.
 KINDS = {"dist_token": "a distilled DeiT", "relative_position": "BEiT, with relative positions",
-         "gamma_1": "a ViT with LayerScale", "ls1": "a ViT with LayerScale", "class_token": "torchvision's ViT",
-         "embeddings.": "a model with Hugging Face's names"}
+         "gamma_1": "a ViT with LayerScale", "ls1": "a ViT with LayerScale",
+         "class_token": "torchvision's ViT", "embeddings.": "a model with Hugging Face's names"}
 
 
 def find_weights(content):
-    """-> {name: tensor}: the backbone's weights in the content of a file, without prefixes such as "module."."""
+    """-> {name: tensor}: the backbone's weights in a file's content, without prefixes such as "module."."""
     for key in ("model", "state_dict", "teacher", "student"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    weights = {key: value for key, value in dict(content).items() if isinstance(key, str) and torch.is_tensor(value)}
-    while inner := next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in weights)), None):
-        weights = {key.removeprefix(inner): value for key, value in weights.items() if key.startswith(inner)}
+    weights = {key: value for key, value in dict(content).items() if torch.is_tensor(value)}
+    prefix = True
+    while prefix:
+        prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in weights)), "")
+        weights = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
     return weights
 
 
 def load_weights(backbone, weights):
     """Loads a state dict with the names of timm (ViT), MAE or torchvision. -> its head's keys, not loaded.
 
-    The position embedding is resized if the image size differs. Raises RuntimeError or ValueError for other keys that are
-    missing, unknown or of another shape, and for numbers that are not finite.
+    The position embedding is resized if the image size differs. Raises RuntimeError or ValueError for other
+    keys that are missing, unknown or of another shape, and for numbers that are not finite.
     """
     expected = backbone.state_dict()
     weights = find_weights(weights)
@@ -940,6 +952,6 @@ def load_backbone(path):
         options = {key: content["config"][key] for key in ("model", "img_size", "patch_size", "pool", "norm")}
         backbone = build_backbone(**options)
         load_weights(backbone, content["model"])
-    except Exception as error:                                       # a file made by hand can raise many types
+    except Exception as error:                               # a file made by hand can raise many types
         raise BadFile(f"{path} is no backbone.pt ({one_line(error)})") from None
     return backbone.eval()

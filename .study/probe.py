@@ -84,10 +84,8 @@ def main():
     p.add_argument("--sr_scale", type=int, default=1)
     p.add_argument("--tune_seeds", type=int, nargs="+", default=[0, 1, 2])
     args = p.parse_args()
-    content = models.load_weights_file(args.backbone)
-    config = {key: content["config"][key] for key in ("model", "img_size", "patch_size", "pool", "norm")}
-    backbone = models.build_backbone(**config)
-    models.load_weights(backbone, {key.removeprefix("backbone."): value for key, value in content["model"].items()})
+    config = models.read_file(args.backbone)["config"]
+    backbone = models.load_backbone(args.backbone)
     train_set = data.labelled_dataset(args.data, True, config["img_size"])
     val_set = data.labelled_dataset(args.data, False, config["img_size"])
     draws = {seed: data.few_labels(train_set.targets, LABELS / len(train_set), seed)
