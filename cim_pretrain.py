@@ -15,7 +15,7 @@ Measured: MEASURED
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch starts: else, idle threads block a busy CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # before torch starts: idle threads block a busy CPU
 
 import json
 import math

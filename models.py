@@ -702,7 +702,7 @@ def read_file(path, stand_in=False):
     """-> the content of a weight file, tensors in plain containers, on the CPU. Raises BadFile.
 
     It reads PyTorch's zip files and .safetensors, and runs no code in them: torch's restricted unpickler
-    builds tensors only. argparse.Namespace is allowed as inert data, since MAE's files hold one; with stand_in
+    builds tensors only. argparse.Namespace is allowed as inert data, as MAE's files hold one; with stand_in
     all other classes become StandIns, of which the tensors can be taken.
     """
     try:
