@@ -715,7 +715,10 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 def main():
     args, rank, world, device = init_processes()
     if args.eval_only:
-        return evaluate_checkpoint(args, device) if rank == 0 else None
+        if rank == 0:
+            evaluate_checkpoint(args, device)
+        return
+    # together() ends all processes if one of them has an error.
     resume = data.together(data.open_output, args, share=True)
     crop = partial(crop_and_mask, args=args)
     loader, val_images = data.together(data.pretraining_data, args, crop, rank, world, device)
@@ -740,9 +743,10 @@ def main():
         show_tokenizer(args, tokenizer, val_images)
 
     data.catch_signals()
-    loader.sampler.step = first_step = line_step = timed_from = step
+    loader.sampler.step = step                                        # where a resumed run goes on
+    batches = iter(loader)                                            # endless
+    first_step = line_step = timed_from = step
     line_time = start_time = time.time()
-    batches = iter(loader)
     loss_sum = torch.zeros((), device=device)                         # since the last line of the log
     stop = False
     model.train()
@@ -770,36 +774,38 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and at the end of an epoch or of the run.
-        stop = data.stop_requested()
-        epoch_ends = step % steps_per_epoch == 0 or step == last_step or stop
-        if not epoch_ends and (rank > 0 or step > first_step + 1 and time.time() - line_time < 10):
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
+        # saves, its loss is that of the first process.
+        stop = data.stop_requested()                                  # the same answer in all processes
+        saves = step % steps_per_epoch == 0 or step == last_step or stop
+        is_first_step = step == first_step + 1
+        if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
         loss = loss_sum / (step - line_step)
-        if epoch_ends and world > 1:
+        if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
         loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
         line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
                 "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
-        if epoch_ends:
+        if saves:
             data.together(data.check_finite, line, model)
-        if epoch_ends and rank == 0:
+        if saves and rank == 0:
             config = backbone_config(args)
             models.save_checkpoint("cim_pretrain", args, config, step, model, optimizer, scaler)
-            if not stop:
+            if not stop or step == last_step:
                 line |= evaluate(model, val_images, tokenizer, args)
                 path = f"{args.output_dir}/samples/step_{step:06d}.png"
                 save_picture(path, model, val_images, tokenizer, args)
         if rank == 0:
-            data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
+            data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # neither is timed
+        if saves or is_first_step:                        # neither evaluation nor compilation is timed
             timed_from, start_time = step, time.time()
 
-    if stop and step < last_step:
+    if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",

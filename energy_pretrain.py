@@ -4,6 +4,7 @@ One network and no decoder. Its forward pass assigns an image an energy E(x); it
 to the image gives a restoration step x - alpha * dE/dx. A corrupted image takes one or two such steps
 downhill, and the weights learn to lead it back to the original (eq. 5; with --corrupt sort, eq. 7 on the
 position embeddings). --method autoencoder trains the baselines of Tables 1 and 2: MAE and its variants.
+A comment "Decision:" marks what the paper leaves open, "Differs from" what was changed knowingly.
 
     python energy_pretrain.py --recipe short                         # one process; below: one node, two nodes
     torchrun --nproc_per_node 8 energy_pretrain.py --model vit_s --data /path/to/imagenet --compile
@@ -109,13 +110,16 @@ def parse_args():
       "--corrupt and --energy_steps may differ from training")
     g("--init", metavar="FILE", help="the checkpoint.pt to measure; if not given, OUTPUT_DIR/checkpoint.pt")
 
-    typed = args = p.parse_args()
+    args = typed = p.parse_args()                     # typed: without a recipe's or a checkpoint's values
     if args.recipe == "short":
         # Of a flag given twice, the last one counts.
         args = p.parse_args([*data.as_flags(SHORT), *sys.argv[1:]])
     if args.eval_only:
         args.init = args.init or f"{args.output_dir or f'runs/{args.method}_{args.model}'}/checkpoint.pt"
-        args = p.parse_args([*data.as_flags(models.read_args(args.init)), *sys.argv[1:], "--init", args.init])
+        saved = models.read_args(args.init)
+        args = p.parse_args([*data.as_flags(saved), *sys.argv[1:], "--init", args.init])
+        if args.method == "autoencoder" and args.corrupt != saved.get("corrupt"):
+            p.error("an autoencoder restores only what it was trained on: leave --corrupt out")
     elif args.init:
         p.error("--init is for --eval_only: leave it out")
 
@@ -126,12 +130,12 @@ def parse_args():
         if args.alpha != "learned" or args.energy_scale or typed.energy_steps != 2:
             p.error("--energy_steps, --energy_scale and --alpha are for --method energy: an autoencoder "
                     "restores in one pass, so leave them out")
-        args.energy_steps = 1
-    if args.corrupt == "sort" and (not is_vit or args.patch_size < 3):
+        args.energy_steps = 1                                         # one pass counts as one step
+    if args.corrupt == "sort" and (not is_vit or args.patch_size < 3 and not args.sort_whole):
         p.error("--corrupt sort shuffles position embeddings and blanks the edges of patches: "
                 "choose a ViT, and --patch_size 3 or more")
     args.output_dir = args.output_dir or f"runs/{args.method}_{args.model}"
-    cell = args.patch_size if args.img_size >= data.SMALL else max(2, args.patch_size // 2)
+    cell = max(2, args.patch_size if args.img_size >= data.SMALL else args.patch_size // 2)
     hides_patches = args.method == "autoencoder" and args.corrupt == "grid"
     args.mask_cell = args.mask_cell or (args.patch_size if hides_patches else cell)
     args.sr_scale = args.sr_scale or min(cell, 47)
@@ -149,6 +153,7 @@ def parse_args():
 
 
 # ---------------------------------------------------------------- the method
+# Shapes: B images, P patches of which M enter the network, N energy steps.
 
 class EnergyModel(nn.Module):
     """E(x) = h(psi(x)) and a step downhill in it (sec. 3.2). main() runs eq. (5), with a forward() per step:
@@ -182,7 +187,7 @@ class EnergyModel(nn.Module):
 
     @property
     def patch_positions(self):
-        """(1, N, dim): the position embedding that stands for each patch's place, for --corrupt sort."""
+        """(1, P, dim): the position embedding that stands for each patch's place, for --corrupt sort."""
         return self.backbone.pos_embed[:, 1:].detach()
 
     def energy(self, x, images=None, keep=None):
@@ -199,7 +204,8 @@ class EnergyModel(nn.Module):
 
     def restore(self, x, **context):
         """-> x after one step downhill, with a graph that reaches all weights (unless under no_grad)."""
-        # fp16 overflows at 65,504 and ViT-S has a scale of 6,600: what exceeds 1,000 is multiplied in below.
+        # fp16 overflows at 65,504, and ViT-S has a scale of 6,631. So at most 1,000 of it enters the
+        # gradient, and the rest multiplies the result.
         inner_scale = self.scale.clamp(max=1000)
 
         def summed_energy(x):
@@ -215,14 +221,14 @@ class EnergyModel(nn.Module):
     def forward(self, x, target, **context):
         """-> (the loss: for N > 0, the MSE of the restored x and the target; the detached restored x)."""
         if self.num_steps > 0:
-            # Eq. (5) stops the gradient (SG) of E's argument alone, Algorithm 1 (line 8) that of the whole x.
-            # This is Algorithm 1.
+            # Eq. (5) puts the stop gradient (SG) around E's argument alone. Algorithm 1, line 8, puts it
+            # around the whole x, so that a step's loss does not reach the step before. This is Algorithm 1.
             x = self.restore(x.detach(), **context)
             return F.mse_loss(x, target), x.detach()
         # Figure A, N = 0: no step is taken, and corrupted images serve as negatives.
         # Decision: the logistic loss of the energy difference between an image and its corrupted copy.
         difference = self.energy(target, **context)[0] - self.energy(x, **context)[0]
-        return F.softplus(difference).mean(), x
+        return F.softplus(self.scale * difference).mean(), x
 
 
 class AutoEncoder(nn.Module):
@@ -231,7 +237,7 @@ class AutoEncoder(nn.Module):
         tokens = encoder(patches of x)                  # MAE (`keep`, no `images`): the visible patches only
         tokens = decoder(tokens, mask tokens in place of masked patches, fixed positions except for sort)
         MAE:        mse(pixels of the masked patches, each patch normalised)
-        sort:       cross entropy(the patch's position among N); the encoder has no position embedding
+        sort:       cross entropy(the patch's position among P); the encoder has no position embedding
                                          # Decision: the paper says "directly predict the position"
         otherwise:  mse(all pixels)                     # Decision: not normalised, as in eq. (5)
 
@@ -241,14 +247,15 @@ class AutoEncoder(nn.Module):
     def __init__(self, backbone, sort=False):
         super().__init__()
         self.backbone = backbone
-        # MAE's decoder. Decision: vit_nano and vit_t get two blocks of the encoder's width instead.
+        # MAE's decoder, but for the linear layers' biases, which start at zero in MAE. Decision: vit_nano and
+        # vit_t get two blocks of the encoder's width instead.
         width, depth, heads = 512, 8, 16
         if backbone.width < 384:
             width, depth, heads = backbone.width, 2, backbone.blocks[0].attn.heads
         num_patches = backbone.pos_embed.shape[1] - 1
         self.embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = models.sincos_2d(width, math.isqrt(num_patches))             # (1, N, width)
+        positions = models.sincos_2d(width, math.isqrt(num_patches))             # (1, P, width)
         self.register_buffer("patch_positions", positions, persistent=False)
         self.blocks = nn.ModuleList(models.Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -273,25 +280,25 @@ class AutoEncoder(nn.Module):
         """-> (the loss, the detached restored x)."""
         if images is not None:                                                       # sort
             tokens = self.embed(self.backbone.forward_tokens(images, keep=keep))     # (B, 1 + M, width)
-            logits = self.decode(tokens, 0)              # (B, M, N); no positions: they are the answer
+            logits = self.decode(tokens, 0)              # (B, M, P); no positions: they are the answer
             loss = F.cross_entropy(logits.flatten(0, 1), keep.flatten())             # keep: true positions
             return loss, self.patch_positions[0, logits.argmax(dim=2)]
 
         p = self.backbone.stride
-        patches = models.patchify(target, p)                                         # (B, N, 3 p p)
+        patches = models.patchify(target, p)                                         # (B, P, 3 p p)
         tokens = self.embed(self.backbone.forward_tokens(x, keep=keep))              # (B, 1 + M, width)
         if keep is None:
-            output = self.decode(tokens, self.patch_positions)                             # (B, N, 3 p p)
+            output = self.decode(tokens, self.patch_positions)                             # (B, P, 3 p p)
             loss = F.mse_loss(output, patches)
         else:                                                                        # MAE
-            B, N, _ = patches.shape
+            B, P, _ = patches.shape
             place = keep[:, :, None].expand(-1, -1, tokens.shape[2])                 # (B, M, width)
-            filled = self.mask_token.to(tokens.dtype).expand(B, N, -1).scatter(1, place, tokens[:, 1:])
+            filled = self.mask_token.to(tokens.dtype).expand(B, P, -1).scatter(1, place, tokens[:, 1:])
             output = self.decode(torch.cat([tokens[:, :1], filled], dim=1), self.patch_positions)
             # As in MAE's code, this variance is the unbiased one.
-            var, mean = torch.var_mean(patches, dim=2, keepdim=True)                 # (B, N, 1) each
+            var, mean = torch.var_mean(patches, dim=2, keepdim=True)                 # (B, P, 1) each
             std = (var + 1e-6).sqrt()
-            masked = torch.ones(B, N, 1, device=x.device).scatter(1, keep[:, :, None], 0)  # 1 = corrupted
+            masked = torch.ones(B, P, 1, device=x.device).scatter(1, keep[:, :, None], 0)  # 1 = corrupted
             error = (output - (patches - mean) / std).square()
             loss = (error * masked).sum() / (masked.sum() * error.shape[2])
             # For pictures and PSNR: de-normalised with the original's statistics; visible patches are copied.
@@ -329,26 +336,26 @@ def corrupt_batch(task, images, generator, model, args):
         # Patch edges are blanked and half of the patches dropped, so that matching edges is no solution.
         # Decision: positions are shuffled among all patches, before half of the patches are dropped.
         B = len(images)
-        N = model.patch_positions.shape[1]
-        shuffle, keep = torch.rand(2, B, N, generator=generator, device=images.device).argsort(dim=2)
+        P = model.patch_positions.shape[1]
+        shuffle, keep = torch.rand(2, B, P, generator=generator, device=images.device).argsort(dim=2)
         if not args.sort_whole:
-            keep = keep[:, :math.ceil(N / 2)]                         # (B, M): these patches enter
+            keep = keep[:, :math.ceil(P / 2)]                         # (B, M): these patches enter
             images = data.blank_patch_edges(images, generator, p)
         shuffled = model.patch_positions[0, shuffle.gather(1, keep)]  # (B, M, dim)
         target = model.patch_positions[0, keep]                       # (B, M, dim)
         return shuffled, target, {"images": images, "keep": keep}
     if is_mae(args):
         mask = data.grid_mask(images, generator, args.mask_cell, args.mask_ratio)    # True = corrupted
-        patch_mask = mask[:, 0, ::p, ::p].flatten(1)                  # (B, N)
+        patch_mask = mask[:, 0, ::p, ::p].flatten(1)                  # (B, P)
         keep = patch_mask.byte().argsort(dim=1, stable=True)          # the visible patches first
-        N = patch_mask.shape[1]
-        num_visible = N - round(args.mask_ratio * N)
+        P = patch_mask.shape[1]
+        num_visible = P - round(args.mask_ratio * P)
         return images.masked_fill(mask, 0), images, {"keep": keep[:, :num_visible]}
     return corrupt_pixels(images, generator, task, args), images, {}
 
 
 def calibrate_and_freeze_unused(model, x, target, context, calibrate=True):
-    """Scales the energy and freezes unused weights, by a dry step on a batch.
+    """Scales the energy and freezes unused weights, by a forward and backward pass on one batch.
 
     Scale: a fresh network's dE/dx is far too small to restore anything, and short runs end before the weights
     have grown. Decision: a constant factor makes dE/dx start with a root mean square of 1. It is 6,631 for
@@ -388,7 +395,8 @@ def build_model(args, images):
         model = EnergyModel(backbone, args.alpha, args.energy_steps, args.energy_scale or 1.0)
     else:
         model = AutoEncoder(backbone, sort=args.corrupt == "sort")
-    # Channels-last makes convolutions faster, but on a GPU, GroupNorm converts it back and forth.
+    # Channels-last is faster for convolutions, except in ResNets: on a GPU, their GroupNorm converts each map
+    # to the other layout, and the next convolution converts it back.
     layout = torch.contiguous_format if args.model.startswith("resnet") else torch.channels_last
     model = model.to(images.device, memory_format=layout)
     generator = torch.Generator(images.device).manual_seed(args.seed)
@@ -469,6 +477,7 @@ def save_picture(path, model, images, args):
         if task == "sort":
             steps = [paste_patches(model, x, **context) for x in steps]
         rows.append([chunk, *steps])
+    # zip() leaves out images beyond the eighth.
     names = ["original", "corrupted", *(f"step {n}" for n in range(1, args.energy_steps + 1))]
     if args.method == "autoencoder":
         names[2] = "restored"
@@ -476,14 +485,14 @@ def save_picture(path, model, images, args):
 
 
 def nearest_position(positions, x):
-    """Position embeddings x (B, M, dim) -> (B, M): the index of the nearest one in positions (1, N, dim)."""
+    """Position embeddings x (B, M, dim) -> (B, M): the index of the nearest one in positions (1, P, dim)."""
     return torch.cdist(x, positions.expand(len(x), -1, -1)).argmin(dim=2)
 
 
 def paste_patches(model, x, images, keep):
     """-> images (B, 3, H, W): each patch in `keep` is pasted where its position embedding in x points."""
     p = model.backbone.stride
-    patches = models.patchify(images, p)                              # (B, N, 3 p p)
+    patches = models.patchify(images, p)                              # (B, P, 3 p p)
     source = keep[:, :, None].expand(-1, -1, patches.shape[2])        # (B, M, 3 p p)
     place = nearest_position(model.patch_positions, x)[:, :, None].expand_as(source)
     pasted = torch.zeros_like(patches).scatter(1, place, patches.gather(1, source))
@@ -541,7 +550,10 @@ def learning_rate(step, total_steps, warmup_steps, peak, floor=0.0):
 def main():
     args, rank, world, device = init_processes()
     if args.eval_only:
-        return evaluate_checkpoint(args, device) if rank == 0 else None
+        if rank == 0:
+            evaluate_checkpoint(args, device)
+        return
+    # together() ends all processes if one of them has an error.
     resume = data.together(data.open_output, args, share=True)
     prepared = data.together(prepare, args, resume, rank, world, device)
     loader, val_images, model, optimizer, scaler, step = prepared
@@ -563,9 +575,10 @@ def main():
     data.start_log(args, f"{args.method} {args.model}", model, loader.dataset, step, dtype)
 
     data.catch_signals()
-    loader.sampler.step = first_step = line_step = timed_from = step
+    loader.sampler.step = step                                        # where a resumed run goes on
+    batches = iter(loader)                                            # endless
+    first_step = line_step = timed_from = step
     line_time = start_time = time.time()
-    batches = iter(loader)
     generator = torch.Generator(device)                               # draws the corruptions
     loss_sum = torch.zeros((), device=device)                         # since the last line of the log
     stop = False
@@ -596,37 +609,39 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and at the end of an epoch or of the run.
-        stop = data.stop_requested()
-        epoch_ends = step % steps_per_epoch == 0 or step == last_step or stop
-        if not epoch_ends and (rank > 0 or step > first_step + 1 and time.time() - line_time < 10):
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
+        # saves, its loss is that of the first process.
+        stop = data.stop_requested()                                  # the same answer in all processes
+        saves = step % steps_per_epoch == 0 or step == last_step or stop
+        is_first_step = step == first_step + 1
+        if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
         loss = loss_sum / (step - line_step)
-        if epoch_ends and world > 1:
+        if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
         loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
         line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
                 "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
-        if epoch_ends:
+        if saves:
             data.together(data.check_finite, line, model)
-        if epoch_ends and rank == 0:
+        if saves and rank == 0:
             config = backbone_config(args)
             models.save_checkpoint("energy_pretrain", args, config, step, model, optimizer, scaler)
-            if not stop:
+            if not stop or step == last_step:
                 line |= evaluate(model, val_images, args)
                 save_picture(f"{args.output_dir}/samples/step_{step:06d}.png", model, val_images, args)
             if args.method == "energy" and args.alpha == "learned":
                 line["alpha"] = model.log_alpha.exp().item()
         if rank == 0:
-            data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
+            data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # neither is timed
+        if saves or is_first_step:                        # neither evaluation nor compilation is timed
             timed_from, start_time = step, time.time()
 
-    if stop and step < last_step:
+    if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",

@@ -685,6 +685,7 @@ def main():
         if rank == 0:
             print(json.dumps({"images": len(val_loader.dataset)} | measured))
         return
+    # together() ends all processes if one of them has an error.
     resume = data.together(data.open_output, args, share=True)
     prepared = data.together(prepare, args, resume, rank, world, device)
     loader, val_loader, model, optimizer, scaler, step, best = prepared
@@ -704,9 +705,10 @@ def main():
                    + " ".join(data.as_flags(args.recipe_values)), model, loader.dataset.dataset, step, dtype)
 
     data.catch_signals()
-    loader.sampler.step = first_step = line_step = timed_from = step
+    loader.sampler.step = step                                        # where a resumed run goes on
+    batches = iter(loader)                                            # endless
+    first_step = line_step = timed_from = step
     line_time = start_time = time.time()
-    batches = iter(loader)
     loss_sum = torch.zeros((), device=device)                         # since the last line of the log
     stop = False
     model.train()                                                     # a probe's backbone stays in eval mode
@@ -732,26 +734,28 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and at the end of an epoch or of the run.
-        stop = data.stop_requested()
-        epoch_ends = step % steps_per_epoch == 0 or step == last_step or stop
-        if not epoch_ends and (rank > 0 or step > first_step + 1 and time.time() - line_time < 10):
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
+        # saves, its loss is that of the first process.
+        stop = data.stop_requested()                                  # the same answer in all processes
+        saves = step % steps_per_epoch == 0 or step == last_step or stop
+        is_first_step = step == first_step + 1
+        if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
         loss = loss_sum / (step - line_step)
-        if epoch_ends and world > 1:
+        if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
         loss = loss.item()                                            # waits for the GPU
         seconds = (time.time() - start_time) / max(1, step - timed_from)
         line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr,
                 "img_per_s": args.batch_size / seconds, "peak_mem_mb": data.peak_memory_mb(device)}
-        if epoch_ends:
+        if saves:
             data.together(data.check_finite, line, model)
             if rank == 0:
                 classes = val_loader.dataset.dataset.classes
                 models.save_checkpoint("finetune", args, backbone_config(args), step, model, optimizer,
                                        scaler, classes=classes, best=best)
-        if epoch_ends and not stop:
+        if saves and (not stop or step == last_step):
             measured = evaluate(model, val_loader, device, dtype, world)
             best = max(best, measured[model.metric])
             line |= measured | {f"best_{model.metric}": best}
@@ -760,13 +764,13 @@ def main():
                 save_picture(path, model, val_loader.dataset, device, args.mean, args.std)
             model.train()
         if rank == 0:
-            data.write_log(args, line, None if step == first_step + 1 else seconds * (last_step - step))
+            data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
         loss_sum.zero_()
         line_step, line_time = step, time.time()
-        if epoch_ends or step == first_step + 1:                      # neither is timed
+        if saves or is_first_step:                        # neither evaluation nor compilation is timed
             timed_from, start_time = step, time.time()
 
-    if stop and step < last_step:
+    if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
     if rank == 0:
         models.save(f"{args.output_dir}/backbone.pt",

@@ -39,12 +39,14 @@ import energy_pretrain as energy
 import finetune
 import models
 
+cases = pytest.mark.parametrize
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it")
 VIT = ["--model", "vit_nano", "--img_size", 16, "--patch_size", 4]
 RESNET = ["--model", "resnet_nano"]
 SEGMENT = ["--data", "masked", "--task", "segment", "--num_classes", 3, "--img_size", 16]
 AUTO = ["--method", "autoencoder"]
 TRAIN = ["--tokenizer", "train"]
+VQGAN = ["--tokenizer", "vqgan", "--tokenizer_dir", "bad"]
 COMMON = ["--data", "images", "--batch_size", 8, "--lr", 1e-3, "--num_workers", 0, "--device", "cpu"]
 FLAGS = {energy: [*COMMON, *VIT], cim: [*COMMON, *VIT, "--tokenizer_steps", 3], finetune: COMMON}
 
@@ -99,29 +101,34 @@ def trained(root):
     return root
 
 
-def parse(script, *flags):
+@contextlib.contextmanager
+def typed(script, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        yield
+
+
+def parse(script, *flags):
+    with typed(script, *flags):
         return script.parse_args()
 
 
 def run_here(script, *flags):
     """Runs a script in this process, which is faster. -> what it printed"""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", [script.__name__, *map(str, [*FLAGS[script], *flags])])
-        try:
+    try:
+        with typed(script, *FLAGS[script], *flags), contextlib.redirect_stdout(io.StringIO()) as out:
             data.run(script.main)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    return out.getvalue()
+        return out.getvalue()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def command(script, *flags, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return list(map(str, [sys.executable, *(torchrun if processes > 1 else []), script.__file__,
-                          *FLAGS[script], *flags]))
+    torchrun = torchrun if processes > 1 else []
+    return list(map(str, [sys.executable, *torchrun, script.__file__, *FLAGS[script], *flags]))
 
 
 def run(script, *flags, processes=2):
@@ -130,12 +137,13 @@ def run(script, *flags, processes=2):
 
 
 def assert_stops(script, flags, words):
-    """The script must end with one sentence that holds all the words."""
+    """The script must end with one sentence that holds all the words. -> the sentence"""
     with pytest.raises(SystemExit) as stop:
         run_here(script, *flags)
     assert isinstance(stop.value.code, str)
     assert "\n" not in stop.value.code
     assert [word for word in words.split() if word not in stop.value.code] == [], stop.value.code
+    return stop.value.code
 
 
 def read_log(output_dir):
@@ -156,10 +164,10 @@ def tiny_vit(**options):
     return models.ViT(dim=16, depth=2, heads=2, img_size=16, patch_size=4, **options)
 
 
-def save_images(folder, count):
+def save_images(folder, number):
     """Black ones."""
     folder.mkdir(parents=True)
-    for i in range(count):
+    for i in range(number):
         Image.new("RGB", (20, 16)).save(folder / f"{i:03d}.png")
 
 
@@ -178,17 +186,16 @@ def unlabelled(folder):
 
 
 def test_held_out_images_stay_where_they_are(tmp_path):
-    for name in ("train", "cat"):                                     # a class named train is no split
-        save_images(tmp_path / "classes" / name, 40)
+    save_images(tmp_path / "classes/train", 40)                       # a class named train is no split
+    save_images(tmp_path / "classes/cat", 40)
     train, val = unlabelled(tmp_path / "classes")
-    assert not train & val
-    assert len(train | val) == len(data.unlabelled_dataset(str(tmp_path / "classes"), None, 16)) == 80
+    assert len(train | val) == len(train) + len(val) == 80
     assert 1 < len(val) < 20
     for path in [*sorted(train)[::2], *sorted(val)[::2]]:
         os.remove(path)
     save_images(tmp_path / "classes/dog", 40)
     train_later, val_later = unlabelled(tmp_path / "classes")
-    assert train_later > set(sorted(train)[1::2])
+    assert train_later >= set(sorted(train)[1::2])
     assert val_later >= set(sorted(val)[1::2])
     save_images(tmp_path / "split/train", 40)
     save_images(tmp_path / "split/val", 3)
@@ -221,8 +228,7 @@ def test_links_do_not_multiply_images(tmp_path):
     for link, folder in (("above", tmp_path / "train"), ("link_1", "../../val"), ("link_2", "../../val")):
         (tmp_path / "train/a" / link).symlink_to(folder)
     paths = data.find_images(tmp_path / "train")
-    assert len(paths) == 10
-    assert paths[2] == f"{tmp_path}/train/a/link_1/a/000.png"
+    assert (len(paths), paths[2]) == (10, f"{tmp_path}/train/a/link_1/a/000.png")
 
 
 TURN = Image.Exif()
@@ -233,7 +239,7 @@ TEXTS.add_text("long", "x" * 2 ** 21, zip=True)
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-@pytest.mark.parametrize("name,image,options,expected", [
+@cases("name,image,options,expected", [
     ("x.png", Image.fromarray(np.uint16([[0, 25700, 65535]])), {}, [0, 100, 255]),
     ("x.tif", Image.fromarray(np.float32([[0, 0.4, 1]])), {}, [0, 102, 255]),
     ("x.tif", Image.fromarray(np.float32([[0, 102, 255]])), {}, [0, 102, 255]),
@@ -245,34 +251,28 @@ def test_images_become_rgb(name, image, options, expected, tmp_path):
     assert np.array(data.read_rgb(tmp_path / name))[0].tolist() == [[value] * 3 for value in expected]
 
 
-def test_a_tenth_of_the_range_warns_and_thin_images_take_little_memory(tmp_path):
-    Image.fromarray(np.uint16([[0, 6000]])).save(tmp_path / "x.png")
-    with pytest.warns(UserWarning, match="x.png: the brightest pixel is 6000, and 65535 is taken for white"):
-        data.read_rgb(tmp_path / "x.png")
+def test_odd_images(tmp_path, monkeypatch):
+    Image.fromarray(np.uint16([[0, 6000]])).save(tmp_path / "dark.png")
+    with pytest.warns(UserWarning, match="dark.png: the brightest pixel is 6000, and 65535 is taken for white"):
+        data.read_rgb(tmp_path / "dark.png")
     before = data.peak_memory_mb(torch.device("cpu"))
     assert data.center_transform(224)(Image.new("RGB", (1, 10_000))).shape == (3, 224, 224)
     assert data.peak_memory_mb(torch.device("cpu")) < before + 200
-
-
-@pytest.mark.parametrize("kind", ["EPS", "FIFO"])
-def test_hostile_images_end_in_a_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("started Ghostscript"))
-    if kind == "EPS":
-        Image.new("RGB", (20, 20)).save(tmp_path / "x.jpg", format="EPS")
-    else:
-        os.mkfifo(tmp_path / "x.jpg")
-    with pytest.raises(data.BadInput, match="x.jpg") as error:
-        data.read_rgb(tmp_path / "x.jpg")
-    assert "\n" not in str(error.value)
+    Image.new("RGB", (20, 20)).save(tmp_path / "eps.jpg", format="EPS")
+    os.mkfifo(tmp_path / "fifo.jpg")
+    for name in ("eps.jpg", "fifo.jpg"):
+        with pytest.raises(data.BadInput, match=name) as error:
+            data.read_rgb(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 def test_masks_keep_their_indices(tmp_path):
     save_images(tmp_path / "images/training", 1)
     save_images(tmp_path / "annotations/training", 1)
-    path = tmp_path / "annotations/training/000.png"
 
     def open_masks(mask, format="PNG"):
-        mask.save(path, format=format)
+        mask.save(tmp_path / "annotations/training/000.png", format=format)
         return data.Segmentation(tmp_path, True, num_classes=3)
 
     indices = np.arange(320, dtype=np.uint8).reshape(16, 20) % 4
@@ -287,7 +287,7 @@ def test_masks_keep_their_indices(tmp_path):
     assert (image.dtype, mask.dtype) == (torch.float32, torch.int64)
     with pytest.raises(data.BadInput, match="PNG"):
         open_masks(Image.new("F", (20, 16)), "TIFF")
-    for value, problem in ((0, "have no classes"), (2, "have 1 classes"), (255, "label 255")):
+    for value, problem in ((0, "have 0 classes"), (2, "have 1 classes"), (255, "label 255")):
         with pytest.raises(data.BadInput, match=f"{problem}.*classes count from 1, and 0 is unlabelled"):
             open_masks(Image.new("L", (20, 16), value))
 
@@ -306,27 +306,26 @@ def first_keys(rank=0, world=1, step=0, number=120, size=62, batch_size=30, repe
     return list(islice(sampler, number))
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
+@cases("repeats", [1, 3])
 def test_order_depends_neither_on_processes_nor_on_stops(repeats):
     keys = first_keys(repeats=repeats)                                # two epochs of two steps
     ranks = [first_keys(rank, 3, number=40, repeats=repeats) for rank in range(3)]
     assert [key for together in zip(*ranks) for key in together] == keys
     assert first_keys(step=3, number=30, repeats=repeats) == keys[90:]
-    assert len(set(keys)) == 120                                      # each is another crop
     images = [index for _, index in keys]
-    assert len(set(images[:60])) == 60 // repeats
+    assert (len(set(keys)), len(set(images[:60]))) == (120, 60 // repeats)         # 120 different crops
     assert images[60:] != images[:60]
 
 
-@pytest.mark.parametrize("batch_size,world,accum_steps", [(24, 1, 1), (24, 2, 4), (32, 1, 4), (40, 2, 1)])
+@cases("batch_size,world,accum_steps", [(24, 1, 1), (24, 2, 4), (32, 1, 4), (40, 2, 1)])
 def test_repeated_images_are_never_neighbours(batch_size, world, accum_steps):
     options = dict(size=60, batch_size=batch_size, repeats=3)
     keys = first_keys(number=batch_size, **options)
     assert len({index for _, index in keys}) == -(-batch_size // 3)
     for rank in range(world):
         keys = first_keys(rank, world, number=batch_size // world, **options)
-        indices = torch.tensor([index for _, index in keys])
-        assert all((part != part.roll(1)).all() for part in indices.chunk(accum_steps))
+        parts = torch.tensor([index for _, index in keys]).chunk(accum_steps)
+        assert all((part != part.roll(1)).all() for part in parts)
 
 
 def test_crops_do_not_depend_on_workers():
@@ -350,25 +349,20 @@ def test_randaugment_strength():
 NOISE = data.normalize(torch.rand(100, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
 
 
-def test_mask_grid():
+def test_masks_of_pixels():
     mask = data.grid_mask(NOISE, torch.Generator(), cell=4, ratio=0.75)
     assert (mask.sum(dim=(1, 2, 3)) == 48 * 16).all()                 # 48 of 64 cells, in every image
     assert torch.equal(mask, mask[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3))
     assert mask.float().mean(dim=0).sub(0.75).abs().max() < 0.2       # every cell as often as the others
     assert torch.equal(data.mask_grid(NOISE, torch.Generator(), cell=4, ratio=0.75), NOISE * ~mask)
-
-
-def test_mask_random():
     images = torch.ones(64, 3, 64, 64)
-    one = (data.mask_random(images, torch.Generator(), 1, (0.01, 0.025)) == 0)[:, 0].float()
-    height = one.amax(dim=2).sum(dim=1)
-    width = one.amax(dim=1).sum(dim=1)
+    one = data.random_rectangles(images, torch.Generator(), 1, (0.01, 0.025))[:, 0].float()
+    height, width = (one.amax(dim=dim).sum(dim=1) for dim in (2, 1))
     assert_close(one.sum(dim=(1, 2)), height * width)                 # one full rectangle
-    assert one.mean().item() == pytest.approx(0.0175, rel=0.1)
     assert 0.4 < (height / width).min() < (height / width).max() < 2.5
     for task, covered in (("random_small", 0.68), ("random_large", 0.54)):
-        mask = energy.corrupt_pixels(images, torch.Generator(), task, parse(energy)) == 0
-        assert mask.float().mean().item() == pytest.approx(covered, abs=0.03)
+        blank = energy.corrupt_pixels(images, torch.Generator(), task, parse(energy)) == 0
+        assert blank.float().mean().item() == pytest.approx(covered, abs=0.03)
 
 
 def test_low_resolution_gray_and_normalize():
@@ -396,14 +390,14 @@ def test_noise_and_mix_are_uniform():
     assert (out[:, 0, 0, 0].int().bincount(minlength=4) - 1000).abs().max() < 100
 
 
-@pytest.mark.parametrize("patch_size,blanked", [(16, {60, 112}), (4, {12})])
-def test_blank_patch_edges(patch_size, blanked):
-    mask = data.blank_patch_edges(torch.ones(40, 3, 32, 32), torch.Generator(), patch_size)[:, :1] == 0
-    patches = F.unfold(mask.float(), patch_size, stride=patch_size)   # (B, p*p, N)
-    counts = patches.sum(dim=1)
-    assert set(counts.flatten().tolist()) == blanked                  # p^2 - (p-2k)^2 pixels for k = 1, 2
-    assert patches[0, :, 0].view(patch_size, patch_size)[0].all()
-    assert (counts == min(blanked)).float().mean().item() == pytest.approx(1 / len(blanked), abs=0.12)
+def test_blank_patch_edges():
+    for patch_size, blanked in ((16, {60, 112}), (4, {12})):          # p^2 - (p - 2k)^2 pixels for k = 1, 2
+        blank = data.blank_patch_edges(torch.ones(40, 3, 32, 32), torch.Generator(), patch_size)[:, :1] == 0
+        patches = F.unfold(blank.float(), patch_size, stride=patch_size)           # (B, p*p, N)
+        counts = patches.sum(dim=1)
+        assert set(counts.flatten().tolist()) == blanked
+        assert patches[0, :, 0].view(patch_size, patch_size)[0].all()
+        assert (counts == min(blanked)).float().mean().item() == pytest.approx(1 / len(blanked), abs=0.12)
 
 
 def test_masks_of_patches():
@@ -432,7 +426,7 @@ def test_sincos_equals_a_slow_loop():
             assert pos_embed[1 + place, i::4].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("name,dilated,blocks,theirs,head", [
+@cases("name,dilated,blocks,theirs,head", [
     ("vit_nano", False, 4, None, None), ("resnet_nano", False, 4, None, None),
     ("resnet50", False, 16, "resnet50", "fc"), ("resnet50", True, 16, "resnet50", "fc"),
     ("swin_t", False, 12, "swin_t", "head"), ("convnext_t", False, 18, "convnext_tiny", "classifier.2")])
@@ -447,8 +441,7 @@ def test_backbones_and_torchvisions(name, dilated, blocks, theirs, head):
     assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     paths = [getattr(module, "drop_path", None) or getattr(module, "stochastic_depth", None)
              for module in model.modules()]
-    rates = [getattr(path, "p", 0) for path in paths if path]
-    assert rates == pytest.approx(np.linspace(0, 0.3, blocks).tolist())
+    assert [getattr(path, "p", 0) for path in paths if path] == pytest.approx(np.linspace(0, 0.3, blocks).tolist())
     if theirs:                                                        # the weights move there and back
         options = {"replace_stride_with_dilation": [False, dilated, dilated]} if head == "fc" else {}
         with torch.device("meta"):
@@ -481,26 +474,8 @@ def test_position_embeddings_of_another_size():
     assert resized[0, 0].tolist() == [9, 9]
     inner = resized[0, 1:].view(16, 16, 2)[4:-4, 4:-4]                # away from the borders
     centres = ((torch.arange(16) + 0.5) / 2 - 0.5)[4:-4]
-    assert_close(inner[:, :, 0], centres.expand(8, 8))
-    assert_close(inner[:, :, 1], centres[:, None].expand(8, 8))
+    assert_close(inner, torch.stack([centres.expand(8, 8), centres[:, None].expand(8, 8)], dim=2))
     assert_close(models.resize_pos_embed(pos_embed, 8), pos_embed)
-
-
-@pytest.mark.parametrize("changes,result", [
-    ({"mask_token": torch.zeros(1), "decoder.bias": torch.zeros(1)}, ["mask_token", "decoder.bias"]),
-    ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": torch.ones(16)}, ["fc_norm.weight"]),
-    ({"norm.weight": None}, "Missing.*norm.weight"),
-    ({"surprise": torch.zeros(1)}, "Unexpected.*surprise"),
-    ({"cls_token": torch.zeros(1, 1, 8)}, "mismatch for cls_token"),
-    ({"pos_embed": torch.zeros(1, 8, 16)}, "mismatch for pos_embed"),
-    ({"norm.bias": torch.full((16,), torch.nan)}, "NaN in norm.bias")], ids=str)
-def test_load_weights_accounts_for_every_key(changes, result):
-    state = tiny_vit().state_dict() | changes
-    if isinstance(result, list):
-        assert models.load_weights(tiny_vit(), state) == result
-    else:
-        with pytest.raises((RuntimeError, ValueError), match=result):
-            models.load_weights(tiny_vit(), state)
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -525,8 +500,7 @@ def slow_dalle(weights, half, x):
     return conv("output.conv", x.relu())
 
 
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_dalle_equals_slow_formulas(zip_format, tmp_path):
+def test_dalle_equals_slow_formulas(tmp_path):
     start = models.DVAE(codes=32, width=8, embed_width=8, blocks=2)
     for value in start.parameters():
         value.data = torch.randn(value.shape) / (2.5 if value.ndim == 4 else 10)
@@ -536,7 +510,7 @@ def test_dalle_equals_slow_formulas(zip_format, tmp_path):
     restored = slow_dalle(start.state_dict(), "decoder", codes)[:, :3].sigmoid().sub(0.1).div(0.8).clamp(0, 1)
     paths = [tmp_path / "encoder.pkl", tmp_path / "decoder.pkl"]
     for path in paths:                                                # whole modules, as the published files
-        torch.save(getattr(start, path.stem), path, _use_new_zipfile_serialization=zip_format)
+        torch.save(getattr(start, path.stem), path)
     dvae = models.load_dalle(*paths)
     assert different(start.state_dict(), dvae.state_dict()) == []
     assert len(tokens.unique()) > 4
@@ -544,22 +518,19 @@ def test_dalle_equals_slow_formulas(zip_format, tmp_path):
     assert_close(dvae.decode(tokens), restored)                       # a lookup, upsampling after the 1x1
     assert_close(dvae.decode(codes), restored)
     for load, files in ((models.load_dalle, paths[::-1]), (models.load_vqgan, paths[:1])):
-        with pytest.raises(ValueError, match="dVAE|VQGAN"):
+        with pytest.raises(models.BadFile, match="dVAE|VQGAN"):
             load(*files)
 
 
 def test_tokenizers_have_the_sizes_of_the_published_ones():
     with torch.device("meta"):
-        dvae = models.DVAE()
-        vqgan = models.VQGAN()
+        dvae, vqgan = models.DVAE(), models.VQGAN()
     assert {"encoder.blocks.group_4.block_2.res_path.conv_4.w", "decoder.blocks.output.conv.b",
             "decoder.blocks.group_1.block_1.id_path.w"} < dvae.state_dict().keys()
     assert {"encoder.down.2.block.0.nin_shortcut.weight", "encoder.down.4.attn.1.proj_out.weight",
             "decoder.up.1.upsample.conv.bias", "decoder.mid.attn_1.q.bias"} < vqgan.state_dict().keys()
-    for part, tensors, numbers in ((vqgan, 343, 72_141_699), (dvae.encoder, 74, 53_786_240),
-                                   (dvae.decoder, 76, 43_829_766)):
-        sizes = [param.numel() for param in part.parameters()]
-        assert (len(sizes), sum(sizes)) == (tensors, numbers)
+    sizes = [[param.numel() for param in part.parameters()] for part in (vqgan, dvae.encoder, dvae.decoder)]
+    assert [(len(part), sum(part)) for part in sizes] == [(343, 72_141_699), (74, 53_786_240), (76, 43_829_766)]
 
 
 def slow_vqgan(weights, images):
@@ -576,9 +547,7 @@ def slow_vqgan(weights, images):
     def block(x, name):
         y = swish_conv(x, f"{name}.norm1", f"{name}.conv1")
         y = swish_conv(y, f"{name}.norm2", f"{name}.conv2")
-        if f"{name}.nin_shortcut.weight" in weights:
-            x = conv(x, f"{name}.nin_shortcut")
-        return x + y
+        return y + (conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in weights else x)
 
     def attention(x, name):
         q, k, v = (conv(norm(x, f"{name}.norm"), f"{name}.{part}").flatten(2) for part in "qkv")
@@ -587,13 +556,12 @@ def slow_vqgan(weights, images):
         return x + conv(y.view_as(x), f"{name}.proj_out")
 
     def middle(x, name):
-        x = attention(block(x, f"{name}.block_1"), f"{name}.attn_1")
-        return block(x, f"{name}.block_2")
+        return block(attention(block(x, f"{name}.block_1"), f"{name}.attn_1"), f"{name}.block_2")
 
     x = conv(2 * images - 1, "encoder.conv_in", padding=1)
-    for i in (0, 1):
-        x = block(x, f"encoder.down.{i}.block.0")                     # below: padded on the right and below
-        x = conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{i}.downsample.conv", stride=2)
+    for i in (0, 1):                                                  # padded on the right and below
+        x = F.pad(block(x, f"encoder.down.{i}.block.0"), (0, 1, 0, 1))
+        x = conv(x, f"encoder.down.{i}.downsample.conv", stride=2)
     x = middle(attention(block(x, "encoder.down.2.block.0"), "encoder.down.2.attn.0"), "encoder.mid")
     x = conv(swish_conv(x, "encoder.norm_out", "encoder.conv_out"), "quant_conv")
     codebook = weights["quantize.embedding.weight"]
@@ -616,7 +584,7 @@ def test_vqgan_equals_slow_formulas(tmp_path, monkeypatch):
     class ModelCheckpoint:
         __module__, __qualname__ = "pytorch_lightning", "ModelCheckpoint"
 
-    sizes = dict(codes=50, embed_dim=8, z_channels=16, width=32, multipliers=(2, 1, 2), blocks=1,
+    sizes = dict(codes=50, embed_dim=8, z_channels=16, width=32, multipliers=(2, 4, 2), blocks=1,
                  attention=(False, False, True))
     weights = {key: torch.randn(value.shape) / 5 for key, value in models.VQGAN(**sizes).state_dict().items()}
     content = {"state_dict": weights | {"loss.logvar": torch.ones(1)}, "epoch": 1,
@@ -634,6 +602,25 @@ def test_vqgan_equals_slow_formulas(tmp_path, monkeypatch):
     assert ((restored > 0) & (restored < 1)).float().mean() > 0.1
 
 
+HUGE = torch.zeros(1).expand(10 ** 9)                                 # of stride 0: a file of it is tiny
+
+
+@cases("kind,problem", [("complex", "complex64"), ("no codes", ""), ("huge", "larger than what the file holds"),
+                        ("levels", "256 x 256 pixels")])
+def test_tokenizers_that_cannot_be(kind, problem, tmp_path):
+    """Sizes follow from a file; they must take neither memory nor time before they are refused."""
+    output, start = "encoder.blocks.output.conv.", "decoder.blocks.input.w"
+    state = models.DVAE(codes=4, width=32, embed_width=4, blocks=1).state_dict()
+    if kind == "levels":
+        sizes = dict(multipliers=(1,) * 9, attention=(False,) * 9, blocks=1)
+        torch.save({"state_dict": models.VQGAN(4, 4, 4, 32, **sizes).state_dict()}, tmp_path / "x.ckpt")
+    state |= {"complex": {start: state[start] + 0j}, "huge": {f"{output}w": HUGE.view(-1, 1, 1, 1).expand(-1, 256, 1, 1)},
+              "no codes": {f"{output}w": state[f"{output}w"][:0], f"{output}b": state[f"{output}b"][:0],
+                           start: state[start][:, :0]}}.get(kind, {})
+    with pytest.raises(models.BadFile, match=f"(dVAE|VQGAN).*{problem}"):
+        models.load_vqgan(tmp_path / "x.ckpt") if kind == "levels" else models.load_dvae(state)
+
+
 # ---------------------------------------------------------------- files from strangers
 
 class Evil:
@@ -642,10 +629,9 @@ class Evil:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind,problem", [
+@cases("kind,problem", [
     ("nothing", "is missing"), ("folder", "regular file"), ("FIFO", "regular file"), ("page", "web page"),
-    ("truncated", "truncated"), ("tar", "not a weight file"), ("script", ""), ("reduce", ""),
-    ("old", re.escape("convert it with torch.save(torch.load(path, weights_only=False), path)"))])
+    ("truncated", "truncated"), ("tar", "not a weight file"), ("script", ""), ("reduce", ""), ("old", "convert it: (.*)")])
 def test_files_run_nothing(kind, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("x.pt")
@@ -664,35 +650,32 @@ def test_files_run_nothing(kind, problem, tmp_path, monkeypatch):
         os.truncate(path, 2000)
     files = os.listdir()
     for read in (models.read_file, models.read_tensors):
-        with pytest.raises(models.BadFile, match=f"x.pt .*{problem}") as error:
+        with pytest.raises(models.BadFile, match=f"^x.pt [^\n]*{problem}$") as error:
             read(path)
-        assert "\n" not in str(error.value)
     assert os.listdir() == files
     if kind == "old":                                                 # the advice works
-        torch.save(torch.load(path, weights_only=False), path)
+        exec(re.search(problem, str(error.value))[1])
         assert models.read_tensors(path)["w"].sum() == 1000
-
-
-def write_safetensors(path, header, raw=b""):
-    header = json.dumps(header).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + raw)
 
 
 def test_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
+
+    def read(header, raw):
+        header = json.dumps(header).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw)
+        return models.read_file(path)
+
     w = torch.randn(2, 3)
-    header = {"__metadata__": {"format": "pt"}, "n": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]},
-              "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
-    write_safetensors(path, header, w.numpy().tobytes() + (7).to_bytes(8, "little"))
-    tensors = models.read_file(path)
+    good = {"dtype": "F32", "shape": [2, 3], "data_offsets": [8, 32]}
+    number = {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}
+    tensors = read({"__metadata__": {"format": "pt"}, "n": number, "w": good}, bytes([7, *[0] * 7]) + w.numpy().tobytes())
     assert torch.equal(tensors["w"], w)
     assert (len(tensors), tensors["n"].item(), tensors["n"].dtype) == (2, 7, torch.int64)
-    damages = [{"data_offsets": [0, 80]}, {"data_offsets": [-8, 16]}, {"data_offsets": [8, 4]}, {"shape": [2, 4]},
-               {"shape": [-2, -3]}, {"dtype": "F31"}, {"dtype": []}, {"data_offsets": [0, 0]}]
-    for header in [*({"w": header["w"] | damage} for damage in damages), [1], {"w": 1}]:
-        write_safetensors(path, header, bytes(40))
+    for bad in ({"data_offsets": [0, 80]}, {"data_offsets": [-8, 16]}, {"data_offsets": [8, 4]}, {"dtype": "F31"},
+                {"shape": [2, 4]}, {"shape": [-2, -3]}, {"data_offsets": [0, 0]}, {"data_offsets": 1}):
         with pytest.raises(models.BadFile, match="x.safetensors is damaged"):
-            models.read_file(path)
+            read({"w": good | bad}, bytes(40))
     path.write_bytes(b"\xff" * 20)
     with pytest.raises(models.BadFile, match="x.safetensors is damaged"):
         models.read_file(path)
@@ -710,66 +693,35 @@ def test_modules_in_modules(tmp_path):
     assert list(models.read_tensors(tmp_path / "m.pkl")) == ["w"]
 
 
-HUGE = torch.zeros(1).expand(10 ** 9)
-
-
-@pytest.mark.parametrize("changes,result", [
+@cases("changes,result", [
     ({"mask_token": torch.zeros(1), "decoder.bias": torch.zeros(1)}, ["mask_token", "decoder.bias"]),
     ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": torch.ones(16)}, ["fc_norm.weight"]),
-    ({"norm.weight": None}, "Missing.*norm.weight"),
-    ({"surprise": torch.zeros(1)}, "Unexpected.*surprise"),
+    ({"norm.weight": None}, "Missing.*norm.weight"), ({"surprise": torch.zeros(1)}, "Unexpected.*surprise"),
     ({"pos_embed": torch.zeros(1, 8, 16)}, "mismatch for pos_embed"),
     ({"norm.bias": torch.full((16,), torch.nan)}, "NaN in norm.bias"),
     ({"norm.bias": torch.zeros(16, dtype=torch.int32)}, "norm.bias has numbers of type torch.int32"),
     ({"norm.bias": HUGE[:16]}, "norm.bias is larger than what the file holds"),
-    ({"pos_embed": HUGE[:16 * 10_001].view(1, 10_001, 16)}, "pos_embed is larger than what the file holds"),
+    ({"pos_embed": HUGE[:16].expand(1, 3201 ** 2, 16)}, "pos_embed is larger than what the file holds"),
     ({"dist_token": torch.zeros(1, 1, 16)}, "a distilled DeiT.*dist_token"),
-    ({"blocks.0.gamma_1": torch.ones(16), "blocks.0.attn.relative_position_bias_table": torch.zeros(1)},
-     "BEiT, with relative positions")], ids=str)
+    ({"blocks.0.gamma_1": HUGE[:1], "blocks.0.attn.relative_position_index": HUGE[:1]}, "BEiT, with relative positions")])
 def test_load_weights_accounts_for_every_key(changes, result):
     state = tiny_vit().state_dict()
-    if isinstance(result, list):
+    if isinstance(result, str):
+        with pytest.raises((RuntimeError, ValueError), match=result):
+            models.load_weights(tiny_vit(), state | changes)
+    else:
         for prefix in ("", "module._orig_mod.", "student.backbone.", "encoder."):
             vit = tiny_vit()
             named = {prefix + key: value for key, value in (state | changes).items()}
             assert models.load_weights(vit, {"model": named}) == result
             assert all(torch.equal(vit.state_dict()[key], state[key]) for key in state.keys() - changes)
-    else:
-        with pytest.raises((RuntimeError, ValueError), match=result):
-            models.load_weights(tiny_vit(), state | changes)
 
 
-@pytest.mark.parametrize("kind,problem", [
-    ("huge", "larger than what the file holds"), ("complex", "type torch.complex64"), ("no codes", ""),
-    ("levels", "256 x 256 pixels"), ("huge half", "")])
-def test_tokenizers_that_cannot_be(kind, problem, tmp_path):
-    """The sizes follow from the file, and must not take memory or time before they are refused."""
-    sizes = {"codes": 0 if kind == "no codes" else 4, "width": 32}
-    if kind in ("levels", "huge half"):
-        vqgan = models.VQGAN(**sizes, embed_dim=4, z_channels=4, multipliers=(1,) * 9, attention=(False,) * 9, blocks=1)
-        extra = {"encoder.x": HUGE.half()[:1].expand(10 ** 14)} if kind == "huge half" else {}
-        torch.save({"state_dict": vqgan.state_dict() | extra}, tmp_path / "x.ckpt")
-        with pytest.raises(models.BadFile, match=f"x.ckpt.*{problem}"):
-            models.load_vqgan(tmp_path / "x.ckpt")
-        return
-    state = models.DVAE(**sizes, embed_width=4, blocks=1).state_dict()
-    name = "encoder.blocks.output.conv.b"
-    if kind == "huge":
-        state["encoder.blocks.output.conv.w"] = HUGE[:, None, None, None].expand(-1, 256, 1, 1)
-    if kind == "complex":
-        state[name] = state[name] + 0j
-    with pytest.raises(models.BadFile, match=f"dVAE.*{problem}"):
-        models.load_dvae(state)
-
-
-@pytest.mark.parametrize("size,problem", [(None, "web page"), (10_000, "only 6 of 10000 bytes"), (3, "")])
+@cases("size,problem", [(None, "web page"), (10_000, "only 6 of 10000 bytes")])
 def test_downloads_that_are_not_kept(size, problem, tmp_path, monkeypatch):
-    def answer(url):
-        response = io.BytesIO(b"<html>")
-        response.headers = {"Content-Length": size} if size else {}
-        return response
-
-    monkeypatch.setattr("urllib.request.urlopen", answer)
+    response = io.BytesIO(b"<html>")
+    response.headers = {"Content-Length": size} if size else {}
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: response)
     path = f"{tmp_path}/new/encoder.pkl"
     with pytest.raises(data.BadInput, match=f"cannot download https://x.*{problem}.*put it at {path} by hand"):
         data.download("https://x", path, models.read_tensors)
@@ -777,15 +729,13 @@ def test_downloads_that_are_not_kept(size, problem, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_the_earlier_file(tmp_path):
-    for name in ("file.tmp", "log.jsonl", "picture.tmp"):             # a disk without room
+    for name in ("file.tmp", "log.jsonl"):                            # a disk without room
         (tmp_path / name).symlink_to("/dev/full")
     (tmp_path / "file").write_text("earlier")
-    writers = [lambda: models.save(tmp_path / "file", {"w": torch.ones(100_000)}),
-               lambda: data.write_log(argparse.Namespace(output_dir=tmp_path), {"step": 1}),
-               lambda: data.save_page(tmp_path / "picture", torch.zeros(3, 400, 400), [])]
-    for name, write in zip(("file", "log.jsonl", "picture"), writers):
-        with pytest.raises((models.BadFile, data.BadInput), match=f"cannot write .*{name} .*then --resume"):
-            write()
+    args = argparse.Namespace(output_dir=tmp_path)
+    for write, *options in ((models.save, tmp_path / "file", torch.ones(100_000)), (data.write_log, args, {"step": 1})):
+        with pytest.raises((models.BadFile, data.BadInput), match="cannot write .*(file|log.jsonl) .*then --resume"):
+            write(*options)
     assert (tmp_path / "file").read_text() == "earlier"
     assert not (tmp_path / "file.tmp").is_symlink()
 
@@ -801,7 +751,7 @@ def energy_batch(task, model, size=4, flags=()):
     return images, batch
 
 
-@pytest.mark.parametrize("name", ["cls", "mean", "predicted", "contrast", "resnet", "sort"])
+@cases("name", ["cls", "mean", "predicted", "contrast", "resnet", "sort"])
 def test_gradients_equal_finite_differences(name):
     """The weights' gradient of eq. (5), which runs through dE/dx, against central differences in float64."""
     backbone = tiny_vit(pool="mean" if name == "mean" else "cls")
@@ -834,7 +784,7 @@ def test_gradients_equal_finite_differences(name):
     assert num_checked > 15
 
 
-@pytest.mark.parametrize("scale", [None, 5000.0])                     # the second does not fit into fp16
+@cases("scale", [None, 5000.0])                                       # the second does not fit into fp16
 def test_step_equals_autograd(scale):
     model = energy.EnergyModel(tiny_vit())
     x = energy_batch("color", model)[1][0].requires_grad_()
@@ -843,11 +793,9 @@ def test_step_equals_autograd(scale):
     gradient, = torch.autograd.grad(model.scale * model.head(model.backbone(x)).sum(), x)
     assert_close(model.restore(x), x - 0.1 * gradient, rtol=1e-4, atol=1e-4)
     assert_close(model.restore(x)[:1], model.restore(x[:1]), rtol=1e-4, atol=1e-4)
-    if not scale:
-        assert gradient.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)  # calibrated
 
 
-@pytest.mark.parametrize("flags,calibrated", [([], True), (["--energy_scale", 1], False)])
+@cases("flags,calibrated", [([], True), (["--energy_scale", 1], False)])
 def test_energy_scale(flags, calibrated):
     images = torch.randn(8, 3, 16, 16)
     model = energy.build_model(parse(energy, *FLAGS[energy], "--corrupt", "color", *flags), images)
@@ -870,7 +818,7 @@ def test_attention_runs_with_autocast_off(monkeypatch):
     assert seen == [(False, torch.bfloat16)] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@cases("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(dtype):
     model = energy.EnergyModel(tiny_vit())
     _, (x, target, _) = energy_batch("color", model)
@@ -959,27 +907,24 @@ def test_normalised_targets_equal_a_slow_loop():
     assert torch.equal(cim.normalize_target(images, "none", 4)[0], images)
 
 
-@pytest.mark.parametrize("generator", ["erase", "beit"])
+@cases("generator", ["erase", "mae"])
 def test_pixel_loss_equals_a_slow_loop(generator):
-    """With random erasing, it is taken over the erased pixels; they are one rectangle, and become gray."""
-    flags = ["--generator", "erase"] if generator == "erase" else TRAIN
-    model, tokenizer, images, mask = tiny_cim("--target", "none", *flags)
-    corrupted, _, replaced = model.corrupt(images, mask, tokenizer)
+    """Of all pixels, but with random erasing of the erased ones, which are a rectangle and become gray."""
+    model, _, images, mask = tiny_cim("--generator", generator, "--target", "none")
+    corrupted, _, replaced = model.corrupt(images, mask, None)
     pixels = torch.ones(4, 1, 16, 16, dtype=torch.bool)
     if generator == "erase":
         pixels = (corrupted == 0).all(dim=1, keepdim=True)
-        assert torch.equal(replaced, pixels)
         assert 0.3 < pixels.float().mean() < 0.7
         assert torch.equal(pixels, pixels.amax(dim=2, keepdim=True) & pixels.amax(dim=3, keepdim=True))
     output = torch.randn(4, 3, 16, 16)
-    gaps = [output[b, c, y, x].item() - images[b, c, y, x].item() for b in range(4) for c in range(3)
-            for y in range(16) for x in range(16) if pixels[b, 0, y, x]]
+    gaps = [output[b, c, y, x].item() - images[b, c, y, x].item() for b, _, y, x in pixels.nonzero().tolist()
+            for c in range(3)]
     expected = sum(abs(gap) + gap ** 2 for gap in gaps) / len(gaps)
     assert model.enhancer_loss(output, images, replaced).item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("share,objective,generator", [
-    (0, "respix", "beit"), (2, "revdet", "beit"), (2, "respix", "mae")])
+@cases("share,objective,generator", [(0, "respix", "beit"), (2, "revdet", "beit"), (2, "respix", "mae")])
 def test_which_loss_trains_what(share, objective, generator):
     flags = ["--share", share, "--objective", objective, "--generator", generator]
     model, tokenizer, images, mask = tiny_cim(*flags)
@@ -1006,7 +951,7 @@ def test_sampled_tokens():
         assert torch.equal(first[~mask], golden[~mask])
         assert not torch.equal(first, golden)
         assert torch.equal(first, second) == (sampling == "argmax")
-    # What the generator is sure of is sampled; then nothing is replaced, and the loss is that of "not replaced".
+    # What the generator is sure of is sampled; if that is golden, the loss is that of "not replaced".
     model.generator.head.weight.data.zero_()
     model.generator.head.bias.data[:] = torch.tensor([0.0] * 31 + [50.0])
     golden = torch.full_like(golden, 31)
@@ -1041,13 +986,13 @@ def test_area_under_curve_equals_a_slow_loop():
     assert cim.area_under_curve(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
 
 
-@pytest.mark.parametrize("stride", [2, 4, 8])
+@cases("stride", [2, 4, 8])
 def test_the_tokenizer_sees_its_stride_for_each_patch(stride):
     """A tokenizer of two codes, dark and light, and an image of 2 x 2 patches, dark and light."""
     tokenizer = argparse.Namespace(stride=stride)
     tokenizer.encode = lambda images: images.mean(dim=1)[:, ::stride, ::stride].gt(0.5).long()
-    tokenizer.decode = lambda tokens: F.interpolate(tokens[:, None].expand(-1, 3, -1, -1).float(),
-                                                    scale_factor=stride)
+    tokenizer.decode = lambda tokens: tokens[:, None].float().expand(-1, 3, -1, -1).repeat_interleave(
+        stride, 2).repeat_interleave(stride, 3)
     images = data.normalize(torch.eye(2).fliplr().kron(torch.ones(4, 4)).expand(1, 3, 8, 8))
     assert cim.tokenizer_view(tokenizer, images, 4).shape[2:] == (2 * stride, 2 * stride)
     tokens = cim.tokenize(tokenizer, images, 4)
@@ -1059,12 +1004,12 @@ def test_the_tokenizer_sees_its_stride_for_each_patch(stride):
 
 # ---------------------------------------------------------------- fine-tuning
 
-@pytest.mark.parametrize("flags,config,expected", [
-    ("", dict(method="energy"), dict(layer_decay=0.75, head_norm="none", crop_ratio=0.875, epochs=200)),
+@cases("flags,config,expected", [
+    ("", dict(method="energy"), dict(lr=4e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875, epochs=200)),
     ("", dict(model="vit_l", method="autoencoder"), dict(layer_decay=0.75, epochs=50)),
     ("", dict(model="vit_b", method="cim", objective="respix"), dict(layer_decay=0.8, epochs=100, lr=3e-3)),
     ("", dict(model="vit_b", method="cim", objective="revdet"), dict(head_norm="layer", lr=5e-3)),
-    ("", dict(model="vit_s", method="cim", objective="revdet"), dict(lr=4e-3, crop_ratio=0.95)),
+    ("", dict(method="cim", objective="revdet"), dict(lr=4e-3, crop_ratio=0.95)),
     ("--recipe cim", dict(method="energy"), dict(layer_decay=0.8, lr=3e-3)),
     ("--model resnet50", dict(method="cim"), dict(loss="bce", epochs=100, img_size=160, test_size=224)),
     ("--model resnet50 --epochs 599", {}, dict(loss="bce", repeats=3, mixup=0.1, drop_path=0, img_size=224)),
@@ -1077,8 +1022,7 @@ def test_the_tokenizer_sees_its_stride_for_each_patch(stride):
     ("--task segment", dict(model="vit_b"), dict(epochs=127, img_size=512, lr=3e-4, layer_decay=0.8)),
     ("--task segment", dict(model="swin_t", img_size=64), dict(lr=3e-4, layer_decay=1, img_size=64)),
     ("--task segment", dict(model="resnet50"), dict(epochs=64, lr=1e-2, power=0.9)),
-    # A config sets nothing but the model.
-    ("", dict(data="nowhere", output_dir="/", lr=9, seed=7, pool="cls", std=[0.5] * 3),
+    ("", dict(data="nowhere", output_dir="/", seed=7, pool="cls", std=[0.5] * 3),    # of a config, the model
      dict(data="shapes", output_dir="runs/finetune_vit_s", seed=0, pool="cls", std=[0.5] * 3))])
 def test_which_recipe(flags, config, expected, tmp_path):
     torch.save({"config": {"model": "vit_s"} | config}, tmp_path / "x.pt")
@@ -1097,11 +1041,11 @@ def test_schedules():
     rate = [finetune.scheduled_rate(args, step, 110, 10) for step in range(111)]
     assert [rate[0], rate[9], rate[10], rate[60], rate[110]] == [0.1, 1, 1, 0.5 ** 0.9, 0]
     for script, epochs, warmup in ((cim, 5, 0.5), (cim, 300, 10), (energy, 800, 40)):
-        assert parse(script, *FLAGS[script], "--epochs", epochs).warmup_epochs == warmup
+        assert parse(script, "--epochs", epochs).warmup_epochs == warmup
     for script, base in ((energy, 1e-4 / 256), (cim, 1.5e-3 / 2048)):
         assert parse(script, "--batch_size", 64).lr == pytest.approx(64 * base)
-        assert [getattr(parse(script, "--recipe", "short", "--epochs", 7), key) for key in ("model", "lr", "epochs")
-                ] == ["vit_nano", script.SHORT["lr"], 7]
+        short = parse(script, "--recipe", "short", "--epochs", 7)
+        assert [short.model, short.lr, short.epochs] == ["vit_nano", script.SHORT["lr"], 7]
 
 
 def test_layer_decay_and_no_decay():
@@ -1115,12 +1059,12 @@ def test_layer_decay_and_no_decay():
         assert scale == 0.75 ** (0 if name.startswith("head") else 3 - layer), name
         is_kernel = name.endswith("weight") and "norm" not in name and name != "head.0.weight"
         assert decay == (0.05 if is_kernel else 0), name
-    energy = energy.EnergyModel(tiny_vit(), alpha="predicted")
-    not_decayed = models.parameter_groups(energy.named_parameters(), 0.05)[1]["params"]
-    assert any(param is energy.alpha_head.weight for param in not_decayed)
+    model = energy.EnergyModel(tiny_vit(), alpha="predicted")
+    not_decayed = models.parameter_groups(model.named_parameters(), 0.05)[1]["params"]
+    assert any(param is model.alpha_head.weight for param in not_decayed)
 
 
-@pytest.mark.parametrize("head_norm,pool,loss,smoothing", [
+@cases("head_norm,pool,loss,smoothing", [
     ("none", "cls", "ce", 0.1), ("none", "mean", "bce", 0.1), ("layer", "cls", "bce", 0.0)])
 def test_classifier(head_norm, pool, loss, smoothing):
     vit = tiny_vit(pool=pool)
@@ -1147,8 +1091,7 @@ def test_a_probe_keeps_no_graph_of_the_backbone():
     assert not model.backbone(torch.randn(2, 3, 16, 16)).requires_grad
     layers = [type(layer).__name__ for layer in model.head]
     assert layers == ["BatchNorm1d", "Linear", "ReLU", "Linear", "ReLU", "Linear"]
-    assert model.training
-    assert not model.backbone.training
+    assert (model.training, model.backbone.training) == (True, False)
 
 
 def test_miou_equals_a_slow_loop():
@@ -1176,10 +1119,10 @@ def test_miou_equals_a_slow_loop():
 # ---------------------------------------------------------------- the scripts
 
 def test_scripts_share_their_helpers():
-    blocks = [re.split("# -+ (?:helpers, identical in all three scripts|the loop)\n", Path(script.__file__).read_text())
-              for script in (energy, cim, finetune)]
-    assert [len(block) for block in blocks] == [3] * 3
-    assert len({block[1] for block in blocks}) == 1
+    banner = "# -+ (?:helpers, identical in all three scripts|the loop)\n"
+    parts = [re.split(banner, Path(script.__file__).read_text()) for script in (energy, cim, finetune)]
+    assert [len(part) for part in parts] == [3] * 3
+    assert parts[0][1] == parts[1][1] == parts[2][1]
 
 
 @pytest.fixture(scope="module")
@@ -1197,30 +1140,24 @@ def bad(trained):
     for path in (root / "sizes/annotations/training").iterdir():
         Image.fromarray(np.arange(63, dtype=np.uint8).reshape(7, 9) % 4).save(path)
     (root / "page.pt").write_text("<html>")
-    backbone = torch.load("energy/backbone.pt", weights_only=True)
-    torch.save(backbone["model"] | {"norm.bias": torch.full((96,), torch.inf)}, root / "infinite.pt")
     torch.save([torch.zeros(1)], root / "list.pt")
     # As MAE and taming-transformers write them: with arguments, DDP's prefix, another size, a discriminator.
     torch.manual_seed(0)
     vit = models.build_backbone("vit_nano", 32, 4).state_dict() | {"mask_token": torch.ones(1, 1, 96)}
     state = {"module." + key: value for key, value in vit.items()}
     torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, root / "mae.pth")
-    vqgan = models.VQGAN(24, 8, 8, 32, multipliers=(1, 1, 1), attention=(False, False, True), blocks=1)
+    vqgan = models.VQGAN(24, 8, 8, 32, multipliers=(1, 2, 2), attention=(False, False, True), blocks=1)
     state = vqgan.state_dict() | {"loss.discriminator.main.0.weight": torch.ones(1)}
     torch.save({"state_dict": state, "callbacks": {}, "epoch": 1}, root / "vqgan.ckpt")
     return root
 
 
-VQGAN = ["--tokenizer", "vqgan", "--tokenizer_dir", "bad"]
-
-
-@pytest.mark.parametrize("script,flags,names", [
+@cases("script,flags,names", [
     (energy, ["--alpha", "predicted", "--corrupt", "sort"], "sorted_0 sorted_2 energy_gap_sort energy_drop_sort"),
     (energy, ["--amp", "bf16", "--corrupt", "random_small", "--pool", "cls"], "psnr_random_small_2 alpha"),
     (energy, ["--amp", "fp16", "--energy_steps", 0], "psnr_grid_0 energy_gap_grid energy_drop_color"),
     (energy, [*RESNET, "--energy_steps", 1, "--corrupt", "sr", "--clip_grad", 0], "psnr_sr_1"),
-    (energy, [*AUTO, "--corrupt", "sort"], "sorted_1"),
-    (energy, [*AUTO, "--corrupt", "grid"], "psnr_grid_1"),
+    (energy, [*AUTO, "--corrupt", "sort"], "sorted_1"), (energy, [*AUTO, "--corrupt", "grid"], "psnr_grid_1"),
     (energy, AUTO, "psnr_denoise_1"),
     (cim, [*TRAIN, "--objective", "none", "--mask_ratio", 0.4, 0.4], "gen_loss gen_acc"),
     (cim, ["--generator", "mae", "--target", "patch", "--amp", "bf16"], "psnr_template psnr_output"),
@@ -1228,7 +1165,7 @@ VQGAN = ["--tokenizer", "vqgan", "--tokenizer_dir", "bad"]
     (cim, VQGAN, "gen_acc psnr_output"),
     (cim, [*TRAIN, "--objective", "revdet", "--data", "bad/black"], "accuracy precision recall"),
     (finetune, ["--init", "bad/mae.pth", *VIT, "--probe", "mlp"], "top1 top5 val_loss best_top1"),
-    (finetune, [*SEGMENT, *RESNET], "miou pixel_acc")], ids=str)
+    (finetune, [*SEGMENT, *RESNET], "miou pixel_acc")])
 def test_run(script, flags, names, bad, tmp_path):
     run_here(script, *flags, "--max_steps", 2, "--output_dir", tmp_path)
     last = read_log(tmp_path)[-1]
@@ -1239,68 +1176,58 @@ def test_run(script, flags, names, bad, tmp_path):
     assert config["objective"] in [*flags, "mix", "respix", "classify"]
     assert config["method"] in ("energy", "autoencoder", "cim", "beit", "finetune")
     assert (tuple(config["mean"]), tuple(config["std"])) == (data.MEAN, data.STD)
-    # The README's lines: the feature is pooled as it was in training.
+    # The README's lines: the feature is that of the trained backbone, pooled as it was in training.
     backbone = models.load_backbone(tmp_path / "backbone.pt")
     images = data.center_transform(16)(data.read_rgb("images/val/a/00.png"))[None]
-    with torch.no_grad():
-        feature = backbone(images)
-        maps = backbone.forward_map(images)
-        tokens = backbone.forward_tokens(images)[:, 0] if "cls" in flags else maps.mean(dim=(2, 3))
-    assert_close(feature, tokens)
+    pooled = backbone.forward_map(images).mean(dim=(2, 3))
+    assert_close(backbone(images), backbone.forward_tokens(images)[:, 0] if "cls" in flags else pooled)
     trained = {key.removeprefix("backbone."): value for key, value in weights(tmp_path).items()
                if key.startswith("backbone.")}
     assert different(backbone.state_dict(), trained) == []
+    if "--probe" in flags:                                            # which leaves the file of MAE as it is
+        state = torch.load("bad/mae.pth", weights_only=False)["model"]
+        assert len(trained) == len(state) - 1
+        assert [key for key in trained if key != "pos_embed" and not trained[key].equal(state["module." + key])] == []
 
 
-def test_a_probe_leaves_the_file_of_mae_as_it_is(bad, tmp_path):
-    flags = ["--init", "bad/mae.pth", *VIT, "--probe", "linear", "--max_steps", 1]
-    run_here(finetune, *flags, "--output_dir", tmp_path)
-    state = torch.load("bad/mae.pth", weights_only=False)["model"]
-    expected = {key.removeprefix("module."): value for key, value in state.items() if "mask_token" not in key}
-    expected["pos_embed"] = models.resize_pos_embed(expected["pos_embed"], 4)
-    assert different(weights(tmp_path, "backbone.pt"), expected) == []
-
-
-def test_what_was_trained(trained, tmp_path):
-    log = read_log("energy")
-    assert [(line["step"], line["epoch"], "psnr_color_2" in line) for line in log] == [
-        (1, 0.33333, False), (3, 1, True), (6, 2, True)]
+def test_what_was_trained(trained, tmp_path, monkeypatch):
+    log = [(line["step"], line["epoch"], "energy_drop_color" in line) for line in read_log("energy")]
+    assert log == [(1, 0.33333, False), (3, 1, True), (6, 2, True)]
     assert sorted(os.listdir("energy/samples")) == ["step_000003.png", "step_000006.png"]
     assert json.loads(Path("energy/args.json").read_text())["energy_steps"] == 2
-    flags = ["--corrupt", "color", "--epochs", 2, "--accum_steps", 4]
-    run_here(energy, *flags, "--output_dir", tmp_path / "parts")
-    assert_close(weights(tmp_path / "parts"), weights("energy"), rtol=1e-3, atol=2e-4)  # gray is not random
     # A fixed position embedding is trained now.
     assert "pos_embed" in different(weights("energy", "backbone.pt"), weights("classify", "backbone.pt"))
+    flags = ["--corrupt", "color", "--epochs", 2, "--accum_steps", 4, "--output_dir", tmp_path]
+    run_here(energy, *flags)
+    assert_close(weights(tmp_path), weights("energy"), rtol=1e-3, atol=2e-4)               # gray is not random
+    for script, flags in ((energy, []), (cim, ["--generator", "erase"]), (finetune, VIT)):
+        monkeypatch.setattr(script, "evaluate", lambda *args: 1 / 0)  # the checkpoint is written before
+        with pytest.raises(ZeroDivisionError):
+            run_here(script, *flags, "--max_steps", 1, "--output_dir", tmp_path / script.__name__)
+        assert torch.load(tmp_path / script.__name__ / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("script,folder,number,picture", [
-    (energy, "energy", 32, "eval_color.png"), (cim, "cim", 32, "eval.png"), (finetune, "classify", 37, None),
-    (finetune, "segment", 5, None)])
-def test_evaluation_repeats_the_log_and_changes_nothing(script, folder, number, picture, trained):
+@cases("script,folder,flags,number,key,picture", [
+    (energy, "energy", [], 32, "psnr_color_2", ["energy/eval_color.png"]),
+    (energy, "energy", ["--corrupt", "sr", "--energy_steps", 3], 32, "psnr_sr_3", ["energy/eval_sr.png"]),
+    (cim, "cim", [], 32, "auc", ["cim/eval.png"]), (finetune, "classify", [], 37, "top5", []),
+    (finetune, "segment", ["--data", "masked"], 5, "miou", [])])
+def test_evaluation_repeats_the_log_and_changes_nothing(script, folder, flags, number, key, picture, trained):
     files = contents(folder)
-    flags = ["--data", "masked"] if folder == "segment" else []
     out = run_here(script, "--eval_only", "--output_dir", folder, *flags)
     measured = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
-    last = read_log(folder)[-1]
-    assert len(measured) > 3
-    assert measured == {"images": number} | {key: pytest.approx(last[key], rel=1e-4) for key in measured
-                                             if key != "images"}
+    assert (measured.pop("images"), key in measured) == (number, True)
     new = contents(folder)
-    assert [str(path) for path in new.keys() - files.keys()] == ([f"{folder}/{picture}"] if picture else [])
-    assert {path: new[path] for path in files} == files
-
-
-def test_evaluation_of_other_corruptions(trained):
-    flags = ["--eval_only", "--init", "energy/checkpoint.pt", "--energy_steps", 3, "--corrupt", "denoise"]
-    assert '"psnr_denoise_3"' in run_here(energy, *flags)
-    assert os.path.exists("energy/eval_denoise.png")
-    flags = ["--eval_only", "--init", "cim/checkpoint.pt", "--mask_ratio", 0.9, 0.9, "--sampling", "uniform"]
-    assert '"auc"' in run_here(cim, *flags)
+    assert [path for path in new if new[path] != files.get(path)] == picture
+    assert files.keys() <= new.keys()
+    for path in picture:
+        os.remove(path)
+    if "--corrupt" not in flags:
+        assert measured == {key: pytest.approx(read_log(folder)[-1][key], rel=1e-4) for key in measured}
 
 
 def test_tokenizer_and_frozen_generator_of_another_run(trained, tmp_path, monkeypatch):
@@ -1308,41 +1235,35 @@ def test_tokenizer_and_frozen_generator_of_another_run(trained, tmp_path, monkey
     flags = [*TRAIN, "--max_steps", 2, "--output_dir", tmp_path]
     run_here(cim, *flags, "--freeze_generator", "cim/checkpoint.pt")
     changed = different(weights("cim"), weights(tmp_path))
-    assert not [key for key in changed if key.startswith("generator.")]
+    assert changed and not [key for key in changed if key.startswith("generator.")]
     assert_stops(cim, [*flags, "--tokenizer_dir", "energy", "--resume"], "energy/dvae.pt missing")
 
 
-def stop_after(step, patch):
-    """Sends a signal to this process in the midst of an optimizer step."""
-    calls = count(1)
-
-    def requested(original=data.stop_requested):
-        if next(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original()
-
-    patch.setattr(data, "stop_requested", requested)
-
-
-@pytest.mark.parametrize("script,flags,trained_parts", [
+@cases("script,flags,trained_parts", [
     (energy, ["--corrupt", "denoise"], {"backbone", "head", "log_alpha"}),
     (cim, [*TRAIN, *RESNET, "--objective", "revdet", "--epochs", 3], {"backbone", "generator", "head"}),
     (finetune, [*RESNET, "--img_size", 16, "--epochs", 300, "--drop_path", 0.2], {"backbone", "head"}),  # repeats
-    (finetune, [*RESNET, "--img_size", 16, "--probe", "linear"], {"head"}),  # with a frozen BatchNorm
-    (finetune, [*SEGMENT, *RESNET], {"backbone", "head"})], ids=str)
+    (finetune, [*RESNET, "--img_size", 16, "--probe", "linear"], {"head"}),                # a frozen BatchNorm
+    (finetune, [*SEGMENT, *RESNET], {"backbone", "head"})])
 def test_stopped_and_resumed_runs_are_bit_identical(script, flags, trained_parts, tmp_path, monkeypatch):
     """Stopped in the second epoch, or after it (the masked images have one step an epoch)."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_here(script, *flags, "--max_steps", 6, "--output_dir", whole)
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        assert_stops(script, [*flags, "--max_steps", 6, "--output_dir", parts], "stopped after step 4; --resume")
+    asked = count(1)
+
+    def signal_in_step_4(original=data.stop_requested):
+        if next(asked) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    monkeypatch.setattr(data, "stop_requested", signal_in_step_4)
+    assert_stops(script, [*flags, "--max_steps", 6, "--output_dir", parts], "stopped after step 4; --resume")
     checkpoint = torch.load(parts / "checkpoint.pt", weights_only=True)
-    for group in checkpoint["optimizer"]["param_groups"]:             # what is no moment has no influence
-        group |= {"maximize": True, "lr": 9.0, "weight_decay": 9.0}
+    for group in checkpoint["optimizer"]["param_groups"]:             # of the file, only moments have an influence
+        group |= {"maximize": True, "weight_decay": 9.0}
     torch.save(checkpoint, parts / "checkpoint.pt")
-    with open(parts / "log.jsonl", "a") as file:                      # as if a later step was logged and lost
-        file.write(json.dumps({"step": 5, "loss": 1}) + "\n")
+    with open(parts / "log.jsonl", "a") as file:                      # as if later steps were logged and lost
+        file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
     run_here(script, *flags, "--max_steps", 6, "--resume", "--output_dir", parts)
     assert different(weights(whole), weights(parts)) == []
     assert {key.split(".")[0] for key in different(checkpoint["model"], weights(parts))} == trained_parts
@@ -1353,25 +1274,17 @@ def test_stopped_and_resumed_runs_are_bit_identical(script, flags, trained_parts
     assert steps == sorted(set(steps))
 
 
-def test_checkpoints_are_written_before_the_evaluation(tmp_path, monkeypatch):
-    for script, flags in ((energy, []), (cim, ["--generator", "erase"]), (finetune, VIT)):
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(script, "evaluate", lambda *args: 1 / 0)
-            run_here(script, *flags, "--max_steps", 1, "--output_dir", tmp_path / script.__name__)
-        assert torch.load(tmp_path / script.__name__ / "checkpoint.pt", weights_only=True)["step"] == 1
-
-
 @slow
-@pytest.mark.parametrize("model", ["vit_t", "resnet50", "convnext_t", "swin_t"])
-@pytest.mark.parametrize("script,flags", [
-    (energy, ["--corrupt", "sr"]), (cim, ["--generator", "mae"]), (finetune, []), (finetune, SEGMENT)], ids=str)
+@cases("model", ["vit_t", "resnet50", "convnext_t", "swin_t"])
+@cases("script,flags", [(energy, ["--corrupt", "sr"]), (cim, ["--generator", "mae"]), (finetune, []),
+                        (finetune, SEGMENT)])
 def test_every_backbone(script, flags, model, tmp_path):
     run_here(script, *flags, "--model", model, "--img_size", 32, "--patch_size", 16, "--batch_size", 4,
              "--max_steps", 1, "--output_dir", tmp_path)
 
 
 @slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@cases("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_and_resumed_is_bit_identical(number, tmp_path):
     flags = ["--num_workers", 2, "--epochs", 10, "--output_dir"]
     run_here(energy, *flags, tmp_path / "whole")
@@ -1381,7 +1294,7 @@ def test_killed_and_resumed_is_bit_identical(number, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(np.random.default_rng().uniform(0, 0.3))               # a random moment of a later epoch
-    os.killpg(process.pid, number)                                    # as a terminal's Ctrl-C, the workers too
+    os.killpg(process.pid, number)                                    # like a terminal's Ctrl-C, to workers too
     assert ("; --resume" in process.communicate()[1]) == (number != signal.SIGKILL)
     assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] < 30
     run_here(energy, *flags, tmp_path / "killed", "--resume")
@@ -1389,9 +1302,8 @@ def test_killed_and_resumed_is_bit_identical(number, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("script,flags", [
-    (energy, ["--corrupt", "sort"]), (energy, [*AUTO, "--corrupt", "grid"]), (energy, [*AUTO, "--corrupt", "sort"]),
-    (cim, [*VQGAN, "--sampling", "argmax"])], ids=str)
+@cases("script,flags", [(energy, ["--corrupt", "sort"]), (energy, [*AUTO, "--corrupt", "grid"]),
+                        (energy, [*AUTO, "--corrupt", "sort"]), (cim, [*VQGAN, "--sampling", "argmax"])])
 def test_compiled_runs_equal_eager_ones(script, flags, bad, tmp_path):
     for name, compiled in (("eager", []), ("compiled", ["--compile"])):
         run_here(script, *flags, *compiled, "--max_steps", 2, "--output_dir", tmp_path / name)
@@ -1403,30 +1315,25 @@ FULL_MASKS = [*TRAIN, "--tokenizer_dir", "cim", "--mask_ratio", 0.99, 0.99, "--s
 
 
 @slow
-@pytest.mark.parametrize("script,flags,compiled", [
-    (energy, ["--corrupt", "color"], []), (energy, ["--corrupt", "color"], ["--compile"]), (cim, FULL_MASKS, []),
-    (cim, FULL_MASKS, ["--compile"]),
-    (finetune, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--accum_steps", 2], ["--compile"])], ids=str)
-def test_two_processes_train_as_one(script, flags, compiled, trained, tmp_path):
+@cases("script,flags,more,equal", [
+    (energy, ["--corrupt", "color"], [], True), (energy, ["--corrupt", "color"], ["--compile"], True),
+    (cim, FULL_MASKS, [], True), (cim, FULL_MASKS, ["--compile"], True),
+    (finetune, [*VIT, "--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--accum_steps", 2], ["--compile"], True),
+    (cim, [*TRAIN, *RESNET], [], False), (finetune, [*SEGMENT, "--model", "convnext_t", "--img_size", 32], [], False)])
+def test_two_processes_train_as_one(script, flags, more, equal, trained, tmp_path):
+    """Unless the statistics of a BatchNorm, or samples, differ."""
     flags = [*flags, "--epochs", 2, "--output_dir"]
-    run_here(script, *flags, tmp_path / "one")
-    result = run(script, *flags, tmp_path / "two", *compiled)
+    result = run(script, *flags, tmp_path / "two", *more)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "two/args.json").read_text())["processes"] == 2
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=2e-4)
+    assert np.isfinite(list(read_log(tmp_path / "two")[-1].values())).all()
+    if equal:
+        run_here(script, *flags, tmp_path / "one")
+        assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=2e-4)
 
 
 @slow
-@pytest.mark.parametrize("script,flags", [
-    (cim, [*TRAIN, *RESNET]), (finetune, [*SEGMENT, "--model", "convnext_t", "--img_size", 32])], ids=str)
-def test_two_processes_run(script, flags, tmp_path):
-    result = run(script, *flags, "--max_steps", 3, "--output_dir", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert np.isfinite(list(read_log(tmp_path)[-1].values())).all()
-
-
-@slow
-@pytest.mark.parametrize("name,folder,processes", [("classify", "images", 2), ("segment", "masked", 3)])
+@cases("name,folder,processes", [("classify", "images", 2), ("segment", "masked", 3)])
 def test_processes_measure_the_same_to_the_last_digit(processes, name, folder, trained):
     flags = ["--eval_only", "--init", f"{name}/checkpoint.pt", "--data", folder]
     assert run(finetune, *flags, processes=processes).stdout == run_here(finetune, *flags)
@@ -1435,9 +1342,9 @@ def test_processes_measure_the_same_to_the_last_digit(processes, name, folder, t
 @slow
 def test_two_processes_end_in_one_sentence(tmp_path):
     result = run(finetune, *VIT, "--head_norm", "batch", "--batch_size", 2, "--output_dir", tmp_path)
-    assert result.returncode != 0
     sentence, = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "--batch_size 2" in sentence
+    assert result.returncode != 0
 
 
 # ---------------------------------------------------------------- one sentence for what the user can mend
@@ -1446,7 +1353,7 @@ INIT = ["--init", "energy/backbone.pt"]
 DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
 
 
-@pytest.mark.parametrize("script,flags,words", [
+@cases("script,flags,words", [
     (energy, ["--lr", "nan"], "--lr nan between"),
     (energy, ["--img_size", 18], "--img_size 18 multiple --patch_size 4"),
     (energy, ["--batch_size", 64], "multiple 1 --accum_steps 24 training images --batch_size 64"),
@@ -1461,11 +1368,10 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (cim, ["--generator", "mae", "--objective", "revdet"], "--generator mae tokens"),
     (cim, ["--mask_ratio", 0.6, 0.4], "--mask_ratio lower first"),
     (cim, ["--generator", "mae", *RESNET, "--batch_size", 1], "BatchNorm two --batch_size"),
-    (cim, ["--tokenizer", "dalle"], "encoder.pkl (no network) --tokenizer_dir"),
+    (cim, ["--tokenizer", "dalle"], "encoder.pkl (no network) by hand"),
     (cim, [*TRAIN, "--freeze_generator", "cim/checkpoint.pt", "--gen_depth", 2], "--gen_depth 4 2"),
     (finetune, ["--init", "bad/page.pt"], "page.pt web page"),
     (finetune, ["--init", "bad/list.pt", *VIT], "--init list.pt"),
-    (finetune, ["--init", "bad/infinite.pt", *VIT], "--init infinite norm.bias"),
     (finetune, [*INIT, "--eval_only"], "--eval_only checkpoint.pt finetune.py"),
     (finetune, [*DONE, "--img_size", 64], "--eval_only --img_size 16"),
     (finetune, [*DONE, "--data", "shapes"], "classes checkpoint: a, b, c plain"),
@@ -1475,7 +1381,7 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (finetune, ["--data", "bad/other"], "classes differ train: c val: d"),
     (finetune, ["--data", "bad/one"], "single class a two"),
     (finetune, [*SEGMENT, *VIT, "--num_classes", 2], "label 3 --num_classes 2"),
-    (finetune, [*SEGMENT, *VIT, "--data", "nowhere"], "nowhere/images/training")], ids=str)
+    (finetune, [*SEGMENT, *VIT, "--data", "nowhere"], "nowhere/images/ no image files")])
 def test_bad_input_is_one_sentence(script, flags, words, bad, tmp_path, monkeypatch, capfd):
     def offline(url):
         raise OSError("no network")
@@ -1484,80 +1390,83 @@ def test_bad_input_is_one_sentence(script, flags, words, bad, tmp_path, monkeypa
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     assert_stops(script, ["--epochs", 1, "--output_dir", tmp_path / "out", *flags], words)
-    assert "--check_data" not in flags or ...
-    for function, *args in at_exit:                                   # what a process that ends does
+    for function, *args in at_exit:                                   # a start that fails leaves no folder
         function(*args)
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("script,flags,words", [
+def test_check_data_names_all_bad_files(bad):
+    args = argparse.Namespace(check_data=True, num_workers=0, data="bad/broken")
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(data.BadInput, match="2 images"):
+        data.check_data(args, *(data.unlabelled_dataset("bad/broken", train, 16) for train in (True, False)))
+    assert re.search("a/00.png.*\n.*bro ken.png.*\n75 images were opened", out.getvalue())
+
+
+@cases("script,flags,words", [
     (energy, ["--lr", 1e8, "--clip_grad", 0], "loss not finite step --lr"),
-    (finetune, [*SEGMENT, *VIT, "--data", "bad/sizes", "--num_workers", 1], ".png (7, 9)")], ids=str)
+    (finetune, [*SEGMENT, *VIT, "--data", "bad/sizes", "--num_workers", 1], ".png (7, 9)")])
 def test_what_shows_while_training_is_one_sentence(script, flags, words, bad, tmp_path):
     assert_stops(script, ["--epochs", 1, "--output_dir", tmp_path, *flags], words)
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def set_to(name, value):
-    return lambda checkpoint: checkpoint.update({name: value})
 
 
 def moments(name, value):
     return lambda checkpoint: checkpoint["optimizer"]["state"][0].update({name: value})
 
 
-@pytest.mark.parametrize("flags,change,words", [
-    ([], None, "earlier run --resume"),
-    (["--resume", "--corrupt", "sort", "--energy_steps", 1, "--seed", 1, "--batch_size", 16], None,
+@cases("flags,change,words", [
+    ([], lambda checkpoint: None, "earlier run --resume"),
+    (["--resume", "--corrupt", "sort", "--energy_steps", 1, "--seed", 1, "--batch_size", 16], lambda checkpoint: None,
      "--corrupt color --energy_steps 2 --seed 0 --batch_size 8"),
-    (["--resume"], set_to("model", {}), "RuntimeError"),
-    (["--resume"], set_to("args", [1]), "AttributeError"),
-    (["--resume"], set_to("script", "finetune"), "finetune.py"),
+    (["--resume"], lambda checkpoint: checkpoint["model"].clear(), "RuntimeError"),
+    (["--resume"], lambda checkpoint: checkpoint.update(args=[1]), "AttributeError"),
+    (["--resume"], lambda checkpoint: checkpoint.update(script="finetune"), "finetune.py"),
     (["--resume"], lambda checkpoint: checkpoint["model"]["head.weight"].fill_(math.nan), "NaN head.weight"),
     (["--resume"], moments("exp_avg", torch.tensor(0.0)), "size mismatch exp_avg"),
-    (["--resume"], moments("exp_avg", torch.zeros(1).expand(1, 1, 96)), "exp_avg larger file"),
-    (["--resume"], moments("exp_avg_sq", torch.full((1, 1, 96), math.inf)), "infinite exp_avg_sq"),
-    (["--resume"], moments("max_exp_avg_sq", torch.zeros(1, 1, 96)), "state max_exp_avg_sq")], ids=str)
+    (["--resume"], moments("exp_avg", HUGE[:96 * 48].view(96, 3, 4, 4)), "exp_avg larger file"),
+    (["--resume"], moments("exp_avg_sq", torch.full((96, 3, 4, 4), math.inf)), "infinite exp_avg_sq"),
+    (["--resume"], moments("max_exp_avg_sq", torch.zeros(1)), "state max_exp_avg_sq")])
 def test_checkpoints_that_do_not_fit(flags, change, words, trained, tmp_path):
     shutil.copytree("energy", tmp_path / "run")
-    if change:
-        checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-        change(checkpoint)
-        torch.save(checkpoint, tmp_path / "run/checkpoint.pt")
-    with pytest.raises(SystemExit) as stop:
-        run_here(energy, "--corrupt", "color", "--output_dir", tmp_path / "run", *flags)
-    assert [word for word in words.split() if word not in stop.value.code] == [], stop.value.code
-    assert "--lr" not in stop.value.code
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pt")
+    flags = ["--corrupt", "color", "--output_dir", tmp_path / "run", *flags]
+    assert "--lr" not in assert_stops(energy, flags, words)
     assert read_log(tmp_path / "run") == read_log("energy")
 
 
-@pytest.mark.parametrize("error,words", [
-    (OSError(28, "No space left on device", "log\n.jsonl"), "error: [Errno 28] No space left on device: 'log"),
-    (OSError(), "error: OSError"), (KeyboardInterrupt(), "stopped; .* --resume"),
+@cases("error,words", [
+    (OSError(28, "No space left on device", "log.jsonl"), "error: [Errno 28] No space left on device: 'log.jsonl'"),
+    (OSError(), "error: OSError"), (KeyboardInterrupt(), "--resume continues"), (data.BadInput("a\nb"), "error: a b"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower --num_workers"),
-    (RuntimeError("DataLoader worker (pid(s) 7) exited: No space; it needs shared memory"), "--shm-size"),
+    (RuntimeError("It is possible that workers are out of shared memory."), "--shm-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "raise --accum_steps"),
-    (OSError(24, "Too many open files"), "ulimit -n"), (RuntimeError("a mistake of ours"), None)], ids=str)
+    (OSError(24, "Too many open files"), "ulimit -n"), (torch.OutOfMemoryError("CUDA out of memory."), "GPU's memory"),
+    (RuntimeError("a mistake of ours"), None)])                       # that one keeps its traceback
 def test_errors_end_in_a_sentence(error, words):
     def main():
         raise error
 
-    with pytest.raises(SystemExit if words else RuntimeError, match=words or "a mistake of ours") as stop:
+    with pytest.raises(SystemExit if words else RuntimeError, match=re.escape(words or "a mistake of ours")) as stop:
         data.run(main)
     assert "\n" not in str(stop.value)
 
 
 def test_a_folder_has_one_run(tmp_path, monkeypatch, capsys):
     args = argparse.Namespace(data="shapes", model="vit_s", output_dir=str(tmp_path), resume=False)
-    lock = "import fcntl, sys; fcntl.lockf(open('.lock', 'w'), fcntl.LOCK_EX); print(); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", lock], cwd=tmp_path, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    code = "import fcntl as f, sys; x = open('.lock', 'w'); f.lockf(x, f.LOCK_EX); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=-1, stdout=-1) as other:
         other.stdout.readline()
         with pytest.raises(data.BadInput, match="another run is using it"):
             data.open_output(args)
         other.communicate()
     assert data.open_output(args) is False
-    monkeypatch.setattr("fcntl.lockf", lambda *args: os.strerror(1) and (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    assert "without locks" not in capsys.readouterr().out
+    monkeypatch.setattr("fcntl.lockf", lambda *args: os.readlink(tmp_path / "missing"))
+    with pytest.raises(data.BadInput, match="No such file"):
+        data.open_output(args)
+    monkeypatch.setattr(errno, "ENOLCK", errno.ENOENT)
     assert data.open_output(args) is False
     assert "without locks" in capsys.readouterr().out
 
@@ -1603,7 +1512,7 @@ class Simulator(TorchDispatchMode):
         return return_and_correct_aliasing(func, args, kwargs or {}, out) if ours else out
 
 
-@pytest.mark.parametrize("script, flags", [
+@cases("script, flags", [
     (energy, []), (energy, ["--corrupt", "sort"]), (energy, [*AUTO, "--corrupt", "grid"]), (cim, TRAIN),
     (cim, [*TRAIN, "--objective", "revdet", "--masking", "block"]), (finetune, [*VIT, "--recipe", "cim"]), (finetune, SEGMENT)])
 def test_nothing_mixes_devices(script, flags, tmp_path, monkeypatch):
