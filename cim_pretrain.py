@@ -433,22 +433,25 @@ def read_tokenizer(name, folder):
 
 
 def read_or_train_dvae(args, resume, dataset, val_images):
-    """-> the dVAE of --tokenizer train, on the CPU. The first process reads it, or trains and writes it."""
+    """-> the dVAE of --tokenizer train, on the CPU. The first process reads or trains it, and keeps it in
+    OUTPUT_DIR.
+    """
     if not data.is_first():
         return None
-    # A generator that is kept fixed was trained on the tokens of its own run's dVAE.
-    folder = args.tokenizer_dir or (os.path.dirname(args.freeze_generator or "") or args.output_dir)
-    if resume or args.tokenizer_dir or args.freeze_generator or os.path.exists(f"{folder}/dvae.pt"):
-        return read_tokenizer("train", folder)
-    dvae = train_dvae(args, dataset, val_images)
-    models.save(f"{folder}/dvae.pt", {"model": dvae.state_dict()})
-    return dvae.cpu()
+    folder = args.tokenizer_dir
+    if args.freeze_generator:                                  # it was trained on the tokens of its own run
+        folder = os.path.dirname(args.freeze_generator) or "."
+    if resume:
+        folder = args.output_dir
+    dvae = read_tokenizer("train", folder) if folder else train_dvae(args, dataset, val_images).cpu()
+    models.save(f"{args.output_dir}/dvae.pt", {"model": dvae.state_dict()})
+    return dvae
 
 
-def download_dalle(folder):
-    """The first process of each machine downloads DALL-E's two files (390 MB) unless they exist."""
+def download_dalle(folder, is_to_fetch):
+    """Downloads DALL-E's two files (390 MB) unless they exist, if is_to_fetch()."""
     for name in ("encoder.pkl", "decoder.pkl"):
-        if data.is_first_of_machine() and not os.path.exists(f"{folder}/{name}"):
+        if is_to_fetch() and not os.path.exists(f"{folder}/{name}"):
             data.download(models.DALLE_URL + name, f"{folder}/{name}", check=models.read_tensors)
 
 
@@ -461,7 +464,8 @@ def load_tokenizer(args, resume, dataset, val_images):
         tokenizer = data.together(read_or_train_dvae, args, resume, dataset, val_images, share=True)
     else:
         if args.tokenizer == "dalle":
-            data.together(download_dalle, folder)
+            data.together(download_dalle, folder, data.is_first)
+            data.together(download_dalle, folder, data.is_first_of_machine)    # if it sees no file yet
         tokenizer = data.together(read_tokenizer, args.tokenizer, folder)
     tokenizer = tokenizer.to(val_images.device, memory_format=torch.channels_last)
     return tokenizer.requires_grad_(False).eval()
@@ -546,9 +550,8 @@ def build_model(args, codes, device):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def prepare(args, resume, loader, codes, device):
+def prepare(args, resume, codes, device):
     """-> (model, optimizer, scaler, steps done). Raises BadInput and OSError."""
-    data.require_equal({**vars(args), "the number of images": len(loader.dataset)})
     model = build_model(args, codes, device)
     optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
                                   lr=args.lr, betas=(0.9, 0.98), fused=True)
@@ -718,21 +721,22 @@ def main():
         if rank == 0:
             evaluate_checkpoint(args, device)
         return
+    resume = data.open_output(args)
     # together() ends all processes if one of them has an error.
-    resume = data.together(data.open_output, args, share=True)
     crop = partial(crop_and_mask, args=args)
     loader, val_images = data.together(data.pretraining_data, args, crop, rank, world, device)
+    data.require_equal(args, loader.dataset)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args, resume, loader.dataset, val_images)
     codes = tokenizer.codes if tokenizer else None
-    model, optimizer, scaler, step = data.together(prepare, args, resume, loader, codes, device)
+    model, optimizer, scaler, step = data.together(prepare, args, resume, codes, device)
     dtype = amp_dtype(args.amp, device)
 
     if args.compile:
         model.compile()
     ddp = model
     if world > 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -745,9 +749,9 @@ def main():
     data.catch_signals()
     loader.sampler.step = step                                        # where a resumed run goes on
     batches = iter(loader)                                            # endless
-    first_step = line_step = timed_from = step
+    first_step = epoch_start = timed_from = step
     line_time = start_time = time.time()
-    loss_sum = torch.zeros((), device=device)                         # since the last line of the log
+    loss_sum = torch.zeros((), device=device)                         # of this epoch
     stop = False
     model.train()
     while step < last_step and not stop:
@@ -759,7 +763,7 @@ def main():
         for i in range(args.accum_steps):
             images, mask = next(batches)
             images = data.from_bytes(images, device)
-            mask = mask.to(device, non_blocking=True)
+            mask = mask.to(device, non_blocking=device.type == "cuda")
             # DDP averages the gradients only after the last part of a batch.
             ddp.require_backward_grad_sync = i == args.accum_steps - 1
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -774,14 +778,14 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
-        # saves, its loss is that of the first process.
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Its loss is
+        # the epoch's mean so far, between two saves that of the first process.
         stop = data.stop_requested()                                  # the same answer in all processes
         saves = step % steps_per_epoch == 0 or step == last_step or stop
         is_first_step = step == first_step + 1
         if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
-        loss = loss_sum / (step - line_step)
+        loss = loss_sum / (step - epoch_start)
         if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
@@ -800,17 +804,20 @@ def main():
                 save_picture(path, model, val_images, tokenizer, args)
         if rank == 0:
             data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
-        loss_sum.zero_()
-        line_step, line_time = step, time.time()
+        line_time = time.time()
         if saves or is_first_step:                        # neither evaluation nor compilation is timed
-            timed_from, start_time = step, time.time()
+            timed_from, start_time = step, line_time
+        if saves:
+            epoch_start = step
+            loss_sum.zero_()
 
+    if rank > 0:
+        return
     if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
-    if rank == 0:
-        models.save(f"{args.output_dir}/backbone.pt",
-                    {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
+    models.save(f"{args.output_dir}/backbone.pt",
+                {"model": model.backbone.state_dict(), "config": backbone_config(args)})
+    print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

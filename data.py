@@ -167,10 +167,16 @@ class ClassFolders(torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder without hidden files and folders, which are no data."""
 
     def __init__(self, folder):
-        super().__init__(folder, loader=read_rgb, is_valid_file=is_image)
+        def is_data(path):
+            inside = Path(path).relative_to(folder).parts
+            return is_image(path) and len(visible(inside)) == len(inside)
+
+        super().__init__(folder, loader=read_rgb, is_valid_file=is_data)
 
     def find_classes(self, directory):
         names = [name for name in visible(os.listdir(directory)) if os.path.isdir(f"{directory}/{name}")]
+        if not names:
+            raise FileNotFoundError(f"no class folders in {directory}")
         return names, {name: label for label, name in enumerate(names)}
 
 
@@ -401,7 +407,7 @@ def from_bytes(images, device):
     Bytes are a quarter of the floats' size on their way from the loader's workers to the device, and 40 %
     more crops leave a worker in a second if it need not convert them.
     """
-    return normalize(images.to(device, non_blocking=True) / 255)
+    return normalize(images.to(device, non_blocking=device.type == "cuda") / 255)
 
 
 def center_transform(img_size, crop_ratio=1.0, mean=MEAN, std=STD):
@@ -806,15 +812,20 @@ def together(function, *args, share=False):
     return outcomes[0][1] if share else result
 
 
-def require_equal(values):
-    """Ends the run unless {name: value} is the same in all processes: flags, or the number of images."""
-    if dist.is_initialized():
-        others = [None] * dist.get_world_size()
-        dist.all_gather_object(others, values)
-        names = [name for name in values if any(other.get(name) != others[0].get(name) for other in others)]
+def require_equal(args, dataset):
+    """Ends the run unless all processes have the same flags, paths aside, and as many images."""
+    own = ("data", "init", "tokenizer_dir", "freeze_generator", "output_dir", "device", "num_workers")
+    values = {f"--{name}": value for name, value in vars(args).items() if name not in own}
+    values["the number of images"] = len(dataset)
+    first = together(dict, values, share=True)
+
+    def compare():
+        names = [name for name in values if values[name] != first.get(name)]
         if names:
             raise BadInput(f"the processes differ in {', '.join(names)}: start all machines with the same "
                            "flags, and give them the same data")
+
+    together(compare)
 
 
 def open_device(name):
@@ -841,12 +852,19 @@ def open_device(name):
 
 
 def open_output(args):
-    """The first process creates and locks --output_dir. -> True if the run continues from its checkpoint.pt.
+    """Creates and locks --output_dir. -> True in all processes if the run continues from its checkpoint.pt."""
+    resume = together(create_output, args, share=True)
+    fetch_data(args)
+    return resume
 
-    The first process of each machine fetches CIFAR-10 if --data asks for it. Raises BadInput.
-    """
-    if args.data == "cifar10" and is_first_of_machine():
-        cifar10()
+
+def fetch_data(args):
+    """Downloads CIFAR-10 if --data asks for it: in the first process, then on machines that do not see it."""
+    for is_to_fetch in (is_first, is_first_of_machine):
+        together(lambda: args.data == "cifar10" and is_to_fetch() and len(cifar10()))
+
+
+def create_output(args):
     if not is_first():
         return None
     folder = args.output_dir
@@ -859,7 +877,6 @@ def open_output(args):
     try:
         os.makedirs(f"{folder}/samples", exist_ok=True)
         lock = os.open(f"{folder}/.lock", os.O_CREAT | os.O_RDWR)     # never closed: it ends with the process
-        atexit.register(remove_unused, folder)
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)              # the loader's workers do not inherit it
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
@@ -868,6 +885,7 @@ def open_output(args):
             in_use = error.errno in (errno.EAGAIN, errno.EACCES) and os.path.exists(f"{folder}/.lock")
             reason = "another run is using it" if in_use else error.strerror
             raise BadInput(f"cannot write to --output_dir {folder} ({reason}): choose another") from None
+    atexit.register(remove_unused, folder)
     return bool(results)
 
 
@@ -918,16 +936,24 @@ def start_log(args, title, model, dataset, step, dtype):
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     with open(f"{args.output_dir}/args.json", "w") as file:
         json.dump(vars(args) | versions | {"processes": world, "start_step": step}, file, indent=1)
-    path = f"{args.output_dir}/log.jsonl"
-    if os.path.exists(path):
-        lines = [line for line in Path(path).read_text().splitlines() if json.loads(line)["step"] <= step]
-        Path(path).write_text("".join(f"{line}\n" for line in lines))
+    kept = [json.dumps(line) + "\n" for line in read_log(args) if line["step"] <= step]
+    Path(f"{args.output_dir}/log.jsonl.tmp").write_text("".join(kept))
+    os.replace(f"{args.output_dir}/log.jsonl.tmp", f"{args.output_dir}/log.jsonl")
+
+
+def read_log(args):
+    """-> the lines of log.jsonl as dicts, up to one that was cut off when the disk was full."""
+    lines = []
+    with suppress(FileNotFoundError, ValueError), open(f"{args.output_dir}/log.jsonl") as file:
+        for line in file:
+            lines.append(json.loads(line))
+    return lines
 
 
 def write_log(args, line, left=None):
     """Prints a line, {name: number}, and appends it to log.jsonl. left: the seconds until the run's end."""
-    line = {name: float(f"{value:.5g}") for name, value in line.items()}
-    text = "  ".join(f"{name} {value:g}" for name, value in line.items())
+    line = {name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in line.items()}
+    text = "  ".join(f"{name} {value}" for name, value in line.items())
     print(text + (f"  left {timedelta(seconds=round(left))}" if left is not None else ""), flush=True)
     try:
         with open(f"{args.output_dir}/log.jsonl", "a") as file:

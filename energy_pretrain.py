@@ -410,7 +410,6 @@ def prepare(args, resume, rank, world, device):
     # As in MAE, a crop covers at least a fifth of the image.
     crop = data.pretrain_transform(args.img_size, (0.2, 1.0))
     loader, val_images = data.pretraining_data(args, crop, rank, world, device)
-    data.require_equal({**vars(args), "the number of images": len(loader.dataset)})
     model = build_model(args, val_images)
     optimizer = torch.optim.AdamW(models.parameter_groups(model.named_parameters(), args.weight_decay),
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)
@@ -553,10 +552,11 @@ def main():
         if rank == 0:
             evaluate_checkpoint(args, device)
         return
+    resume = data.open_output(args)
     # together() ends all processes if one of them has an error.
-    resume = data.together(data.open_output, args, share=True)
     prepared = data.together(prepare, args, resume, rank, world, device)
     loader, val_images, model, optimizer, scaler, step = prepared
+    data.require_equal(args, loader.dataset)
     dtype = amp_dtype(args.amp, device)
 
     # In bf16 and fp16, attention's MATH backend otherwise computes in fp32, which takes 28 % more memory.
@@ -566,7 +566,7 @@ def main():
         model.compile()
     ddp = model
     if world > 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -577,10 +577,10 @@ def main():
     data.catch_signals()
     loader.sampler.step = step                                        # where a resumed run goes on
     batches = iter(loader)                                            # endless
-    first_step = line_step = timed_from = step
+    first_step = epoch_start = timed_from = step
     line_time = start_time = time.time()
     generator = torch.Generator(device)                               # draws the corruptions
-    loss_sum = torch.zeros((), device=device)                         # since the last line of the log
+    loss_sum = torch.zeros((), device=device)                         # of this epoch
     stop = False
     while step < last_step and not stop:
         # Decision: the learning rate falls to 0, as in MAE.
@@ -609,14 +609,14 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
-        # saves, its loss is that of the first process.
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Its loss is
+        # the epoch's mean so far, between two saves that of the first process.
         stop = data.stop_requested()                                  # the same answer in all processes
         saves = step % steps_per_epoch == 0 or step == last_step or stop
         is_first_step = step == first_step + 1
         if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
-        loss = loss_sum / (step - line_step)
+        loss = loss_sum / (step - epoch_start)
         if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
@@ -636,17 +636,20 @@ def main():
                 line["alpha"] = model.log_alpha.exp().item()
         if rank == 0:
             data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
-        loss_sum.zero_()
-        line_step, line_time = step, time.time()
+        line_time = time.time()
         if saves or is_first_step:                        # neither evaluation nor compilation is timed
-            timed_from, start_time = step, time.time()
+            timed_from, start_time = step, line_time
+        if saves:
+            epoch_start = step
+            loss_sum.zero_()
 
+    if rank > 0:
+        return
     if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
-    if rank == 0:
-        models.save(f"{args.output_dir}/backbone.pt",
-                    {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
+    models.save(f"{args.output_dir}/backbone.pt",
+                {"model": model.backbone.state_dict(), "config": backbone_config(args)})
+    print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

@@ -178,9 +178,11 @@ def read_config(path):
     """-> the config in a backbone.pt or checkpoint.pt; an empty one if another program wrote the file."""
     content = models.read_file(path)
     config = content.get("config") if isinstance(content, dict) else None
-    if not isinstance(config, dict) or config.get("model") not in models.MODELS:
+    if not isinstance(config, dict) or str(config.get("model")) not in models.MODELS:
         return {}
-    return {name: config[name] for name in (*BACKBONE, "method", "objective") if name in config}
+    kinds = {name: (list, tuple) if name in ("mean", "std") else type(BACKBONE.get(name, ""))
+             for name in (*BACKBONE, "method", "objective")}
+    return {name: config[name] for name, kind in kinds.items() if isinstance(config.get(name), kind)}
 
 
 def refuse_unused(p, typed):
@@ -259,6 +261,8 @@ def resolve_from_checkpoint(p, typed):
             p.error(f"--eval_only measures {typed.init} as it was trained, with --{name} {saved.get(name)}: "
                     f"leave --{name} out")
     flags = {name: saved.get(name) for name in (*BACKBONE, *HEAD) if hasattr(typed, name)}
+    if flags["task"] == "classify":
+        flags["num_classes"] = None                                   # counted from --data, without a limit
     args = p.parse_args([*data.as_flags(flags), *sys.argv[1:], "--init", typed.init])
     args.loss, args.drop_path = saved.get("loss"), 0.0
     args.test_size = number(int, 8, 4096)(saved.get("test_size") or args.img_size)
@@ -513,18 +517,19 @@ def build_mixing(args):
 def build_model(args, device):
     """-> Classifier or Segmenter on the device, with the weights of --init. Raises BadInput."""
     torch.manual_seed(args.seed)
+    content = models.read_file(args.init) if args.init and not args.eval_only else None
     try:
         backbone = models.build_backbone(args.model, args.img_size, args.patch_size, args.pool,
                                          norm=args.norm, drop_rate=args.drop_path,
                                          dilated=args.task == "segment")
-        if args.init and not args.eval_only:
-            models.load_weights(backbone, models.read_file(args.init))
+        if content is not None:
+            models.load_weights(backbone, content)
         if args.task == "segment":
             model = Segmenter(backbone, args.num_classes, args.img_size)
         else:
             model = Classifier(backbone, args.num_classes, args.probe, args.head_norm, args.loss,
                                args.label_smoothing)
-    except (RuntimeError, TypeError, ValueError) as error:            # TypeError: --init holds no dict
+    except Exception as error:                                        # a file can hold anything
         raise data.BadInput(f"--init {args.init} does not fit {args.model} with --img_size {args.img_size} "
                             f"and --patch_size {args.patch_size}: {models.one_line(error)}") from None
     if isinstance(backbone, models.ViT):
@@ -556,7 +561,6 @@ def prepare(args, resume, rank, world, device):
     Raises BadInput and OSError.
     """
     loader, val_loader = build_data(args, rank, world, device)
-    data.require_equal({**vars(args), "the number of images": len(loader.dataset)})
     model = build_model(args, device)
     check_step(args, model, world, device)
     if args.task == "segment" and world > 1 and device.type == "cuda":
@@ -568,7 +572,8 @@ def prepare(args, resume, rank, world, device):
     if resume:
         checkpoint = models.restore("finetune", args, model, optimizer, scaler)
         check_classes(args, checkpoint, val_loader)
-        step, best = checkpoint["step"], checkpoint["best"]
+        step = checkpoint["step"]
+        best = max([line.get(model.metric, 0.0) for line in data.read_log(args)], default=0.0)
     return loader, val_loader, model, optimizer, scaler, step, best
 
 
@@ -680,22 +685,24 @@ def main():
     args, rank, world, device = init_processes()
     dtype = amp_dtype(args.amp, device)
     if args.eval_only:
+        data.fetch_data(args)
         model, val_loader = data.together(prepare_evaluation, args, rank, world, device)
         measured = evaluate(model, val_loader, device, dtype, world)
         if rank == 0:
             print(json.dumps({"images": len(val_loader.dataset)} | measured))
         return
+    resume = data.open_output(args)
     # together() ends all processes if one of them has an error.
-    resume = data.together(data.open_output, args, share=True)
     prepared = data.together(prepare, args, resume, rank, world, device)
     loader, val_loader, model, optimizer, scaler, step, best = prepared
+    data.require_equal(args, loader.dataset)
 
     mix = build_mixing(args)
     if args.compile:
         model.compile()
     ddp = model
     if world > 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     steps_per_epoch = len(loader.dataset) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -707,9 +714,9 @@ def main():
     data.catch_signals()
     loader.sampler.step = step                                        # where a resumed run goes on
     batches = iter(loader)                                            # endless
-    first_step = line_step = timed_from = step
+    first_step = epoch_start = timed_from = step
     line_time = start_time = time.time()
-    loss_sum = torch.zeros((), device=device)                         # since the last line of the log
+    loss_sum = torch.zeros((), device=device)                         # of this epoch
     stop = False
     model.train()                                                     # a probe's backbone stays in eval mode
     while step < last_step and not stop:
@@ -719,7 +726,7 @@ def main():
         # Mixing and drop path use this seed, so that a resumed run draws the same as an unbroken one.
         torch.manual_seed(data.seed_from(args.seed, step, rank))
         for i in range(args.accum_steps):
-            images, labels = mix([tensor.to(device, non_blocking=True) for tensor in next(batches)])
+            images, labels = mix([x.to(device, non_blocking=device.type == "cuda") for x in next(batches)])
             # DDP averages the gradients only after the last part of a batch.
             ddp.require_backward_grad_sync = i == args.accum_steps - 1
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -734,14 +741,14 @@ def main():
         optimizer.zero_grad()
         step += 1
 
-        # A line of the log after the first step, every ten seconds, and where the run is saved. Between two
-        # saves, its loss is that of the first process.
+        # A line of the log after the first step, every ten seconds, and where the run is saved. Its loss is
+        # the epoch's mean so far, between two saves that of the first process.
         stop = data.stop_requested()                                  # the same answer in all processes
         saves = step % steps_per_epoch == 0 or step == last_step or stop
         is_first_step = step == first_step + 1
         if not saves and (rank > 0 or not is_first_step and time.time() - line_time < 10):
             continue
-        loss = loss_sum / (step - line_step)
+        loss = loss_sum / (step - epoch_start)
         if saves and world > 1:
             dist.all_reduce(loss)
             loss /= world
@@ -754,7 +761,7 @@ def main():
             if rank == 0:
                 classes = val_loader.dataset.dataset.classes
                 models.save_checkpoint("finetune", args, backbone_config(args), step, model, optimizer,
-                                       scaler, classes=classes, best=best)
+                                       scaler, classes=classes)
         if saves and (not stop or step == last_step):
             measured = evaluate(model, val_loader, device, dtype, world)
             best = max(best, measured[model.metric])
@@ -765,17 +772,20 @@ def main():
             model.train()
         if rank == 0:
             data.write_log(args, line, None if is_first_step else seconds * (last_step - step))
-        loss_sum.zero_()
-        line_step, line_time = step, time.time()
+        line_time = time.time()
         if saves or is_first_step:                        # neither evaluation nor compilation is timed
-            timed_from, start_time = step, time.time()
+            timed_from, start_time = step, line_time
+        if saves:
+            epoch_start = step
+            loss_sum.zero_()
 
+    if rank > 0:
+        return
     if step < last_step:
         raise data.BadInput(f"stopped after step {step}; --resume continues from there")
-    if rank == 0:
-        models.save(f"{args.output_dir}/backbone.pt",
-                    {"model": model.backbone.state_dict(), "config": backbone_config(args)})
-        print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
+    models.save(f"{args.output_dir}/backbone.pt",
+                {"model": model.backbone.state_dict(), "config": backbone_config(args)})
+    print(f"wrote {args.output_dir}: checkpoint.pt, backbone.pt, log.jsonl, args.json, samples/")
 
 
 if __name__ == "__main__":

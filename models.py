@@ -757,7 +757,8 @@ def read_safetensors(path):
                 if not start <= first <= last <= len(content) or min(shape, default=0) < 0:
                     raise ValueError
                 raw = bytearray(content[first:last])
-                tensors[name] = torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape)
+                numbers = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                tensors[name] = numbers.view(shape)
         return tensors
     except (AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError):
         raise ValueError("is damaged or not a .safetensors file") from None
@@ -787,15 +788,19 @@ def module_tensors(module, prefix, seen):
     return tensors
 
 
+def check_storage(name, tensor):
+    """Raises ValueError for a huge tensor that a stride of 0 makes of a tiny file."""
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} is larger than what the file holds of it")
+
+
 def check_tensor(name, tensor, like):
     """Raises ValueError unless a tensor from a file has the shape and kind of `like`, and all its numbers."""
     if tensor.shape != like.shape:
         raise ValueError(f"size mismatch for {name}: {tuple(tensor.shape)}, and {tuple(like.shape)} here")
     if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
         raise ValueError(f"{name} has numbers of type {tensor.dtype}")
-    # A stride of 0 makes a huge tensor of a tiny file.
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} is larger than what the file holds of it")
+    check_storage(name, tensor)
     if tensor.is_floating_point() and not tensor.abs().max() < 1e15:
         raise ValueError(f"has infinite numbers or NaN in {name}")
 
@@ -901,20 +906,20 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "student
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.2.", "decoder", "mask_token")
 # What keys show about a file whose model is not built here.
 KINDS = {"dist_token": "a distilled DeiT", "relative_position": "BEiT, with relative positions",
-         "gamma_1": "a ViT with LayerScale", "ls1": "a ViT with LayerScale",
+         "gamma_1": "a ViT with LayerScale", ".ls1.": "a ViT with LayerScale",
          "class_token": "torchvision's ViT", "embeddings.": "a model with Hugging Face's names"}
 
 
-def find_weights(content):
+def find_weights(content, prefixes=PREFIXES):
     """-> {name: tensor}: the backbone's weights in a file's content, without prefixes such as "module."."""
     for key in ("model", "state_dict", "teacher", "student"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    weights = {key: value for key, value in dict(content).items() if torch.is_tensor(value)}
+    weights = {str(key): value for key, value in dict(content).items() if torch.is_tensor(value)}
     prefix = True
     while prefix:
-        prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in weights)), "")
+        prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)), "")
         weights = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
     return weights
 
@@ -926,19 +931,21 @@ def load_weights(backbone, weights):
     keys that are missing, unknown or of another shape, and for numbers that are not finite.
     """
     expected = backbone.state_dict()
+    names = " ".join(map(str, find_weights(weights, prefixes=())))
+    kind = next((kind for word, kind in KINDS.items() if word in names), None)
     weights = find_weights(weights)
     if "pos_embed" in expected and "pos_embed" in weights:
+        check_storage("pos_embed", weights["pos_embed"])
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], backbone.grid_size)
 
     head_keys = [key for key in weights if key not in expected and key.startswith(HEADS)]
-    unknown = [key for key in weights if key not in expected and key not in head_keys]
-    kind = next((KINDS[word] for word in KINDS for key in unknown if word in key), None)
-    if kind:
-        raise ValueError(f"it holds {kind}, which is not built here: {unknown[0]}")
     kept = {}
     if "fc_norm.weight" in weights:        # timm and MAE, if patch means are classified: no last norm
         kept = {key: value for key, value in expected.items() if key in ("norm.weight", "norm.bias")}
-    load_finite(backbone, kept | {key: value for key, value in weights.items() if key not in head_keys})
+    try:
+        load_finite(backbone, kept | {key: value for key, value in weights.items() if key not in head_keys})
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"it holds {kind}, which is not built here" if kind else one_line(error)) from None
     return head_keys
 
 

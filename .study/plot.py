@@ -102,7 +102,7 @@ def flat(seeds):
 
 def plot(points):
     measures = ["few2_60", "probe"]
-    figure, axes = plt.subplots(1, len(measures), figsize=(4.6 * len(measures), 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(measures), figsize=(5.2 * len(measures), 4), layout="constrained")
     for axis, measure in zip(axes, measures):
         for curve, color in FIGURE.items():
             doses = points.get((curve, BEST_RATE[curve], measure))
@@ -114,7 +114,8 @@ def plot(points):
                       markersize=3)
             axis.fill_between(list(doses), [min(top1) for top1 in values], [max(top1) for top1 in values],
                               color=color, alpha=0.07, linewidth=0)
-        axis.axhline(np.mean(flat(points["scratch", 0, measure][0])), color="black", linestyle=":", linewidth=1)
+        axis.axhline(np.mean(flat(points["scratch", 0, measure][0])), color="black", linestyle=":", linewidth=1,
+                     label="no pretraining")
         axis.set_xscale("log")
         ticks = [CROPS / 4, CROPS / 2, 2 * CROPS, 9 * CROPS, 36 * CROPS]
         axis.set_xticks(ticks, ["none", "22k", "90k", "405k", "1.6M"])
@@ -124,7 +125,7 @@ def plot(points):
         axis.set_title(MEASURES[measure], fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 on 10,000 test images, %")
-    axes[0].legend(fontsize=8, loc="upper left")
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(f"{HERE}/../.pictures/curves.svg", metadata={"Date": None})
 
 
