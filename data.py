@@ -852,7 +852,7 @@ def open_device(name):
 
 
 def open_output(args):
-    """Creates and locks --output_dir. -> True in all processes if the run continues from its checkpoint.pt."""
+    """Creates and locks --output_dir. -> True, in all processes, if the run continues from a checkpoint."""
     resume = together(create_output, args, share=True)
     fetch_data(args)
     return resume
@@ -965,8 +965,8 @@ def write_log(args, line, left=None):
 
 def check_finite(line, model):
     """Raises BadInput unless all numbers of a log line are finite, and the model's weights."""
-    bad = [name for name, value in line.items() if not math.isfinite(value)]
-    bad += [name for name, param in model.named_parameters() if not param.isfinite().all()][:1]
+    weights = sum(param.detach().sum() for param in model.parameters()).item()
+    bad = [name for name, value in (line | {"the weights' sum": weights}).items() if not math.isfinite(value)]
     if bad:
         raise BadInput(f"{bad[0]} is not finite at or before step {line['step']}: the last checkpoint is "
                        "kept; --resume with a lower --lr, or with --amp off")
