@@ -1047,8 +1047,10 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("stopped; what was trained since the last checkpoint is lost, --resume continues from there")
+        sys.exit("stopped; --resume continues from the last checkpoint")
     except (BadInput, OSError, RuntimeError) as error:
+        if stop_signals and "is killed by signal" in str(error):      # it was sent to the loader's workers, too
+            sys.exit("stopped; --resume continues from the last checkpoint")
         advice = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
         if isinstance(error, BadInput) or (isinstance(error, OSError) and not advice):
             advice = " ".join(str(error).split()) or repr(error)

@@ -465,10 +465,10 @@ def tested(tokenizer):
     tokenizer = tokenizer.float()
     if tokenizer.stride > 64:
         raise ValueError(f"a token would stand for {tokenizer.stride} x {tokenizer.stride} pixels")
-    images = torch.rand(1, 3, tokenizer.stride, tokenizer.stride)
+    images = torch.rand(1, 3, 2 * tokenizer.stride, 2 * tokenizer.stride)
     tokens = tokenizer.encode(images)
     restored = tokenizer.decode(tokens)
-    if tokens.shape != (1, 1, 1) or restored.shape != images.shape or not restored.isfinite().all():
+    if tokens.shape != (1, 2, 2) or restored.shape != images.shape or not restored.isfinite().all():
         raise ValueError("it does not restore an image")
     return tokenizer
 
@@ -772,8 +772,11 @@ def read_tensors(path):
     content = read_file(path, stand_in=True)
     try:
         named = content["state_dict"] if isinstance(content, dict) else module_tensors(content, "", set())
-        return {name: tensor.detach().float() for name, tensor in named.items() if torch.is_tensor(tensor)}
-    except (AttributeError, LookupError, TypeError) as error:
+        named = {name: tensor for name, tensor in named.items() if torch.is_tensor(tensor)}
+        for name, tensor in named.items():
+            check_storage(name, tensor)
+        return {name: tensor.detach().float() for name, tensor in named.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadFile(f"{path} holds no module ({one_line(error)})") from None
 
 

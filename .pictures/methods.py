@@ -1,6 +1,8 @@
-"""Puts the sample pictures of the README's two pretraining commands side by side, with labels: methods.png.
+"""Puts sample pictures of two pretraining runs side by side, with labels: methods.png.
 
-    python .pictures/methods.py runs/energy_vit_nano/samples/epoch_0002.png runs/cim_respix_vit_nano/samples/epoch_0002.png
+    python energy_pretrain.py --recipe short --corrupt mix --lr 5e-3 --output_dir runs/mix
+    python cim_pretrain.py --recipe short
+    python .pictures/methods.py runs/mix/samples/step_000374.png runs/cim_respix_vit_nano/samples/step_000374.png
 """
 import os
 import sys
@@ -8,9 +10,10 @@ import sys
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 98                                                             # 96 pixels and the border of make_grid
-ENERGY = ["original", "corrupted", "1 step", "2 steps", "3 steps"]
+HEADER = 16                                                           # the columns' names, written larger here
+ENERGY = ["original", "corrupted", "one step"]
 CIM = ["original", "masked", "sample", "sample", "sample", "restored"]
-TASKS = ["masked", "4x smaller", "noise", "no colour"]
+TASKS = ["mask", "super-resolution", "noise", "no colour"]
 
 
 def pick(path, rows):
@@ -18,17 +21,18 @@ def pick(path, rows):
     grid = Image.open(path).convert("RGB")
     image = Image.new("RGB", (grid.width, TILE * len(rows) + 2), "white")
     for i, row in enumerate(rows):
-        image.paste(grid.crop((0, TILE * row, grid.width, TILE * (row + 1) + 2)), (0, TILE * i))
+        top = HEADER + TILE * row
+        image.paste(grid.crop((0, top, grid.width, top + TILE + 2)), (0, TILE * i))
     return image
 
 
 def main():
     font = ImageFont.load_default(16)
     energy, cim = pick(sys.argv[1], [0, 2, 4, 6]), pick(sys.argv[2], [0, 1, 2, 3])
-    left, gap, top = 92, 34, 58
+    left, gap, top = 136, 34, 58
     page = Image.new("RGB", (left + energy.width + gap + cim.width, top + energy.height), "white")
     draw = ImageDraw.Draw(page)
-    for x, image, title, labels in [(left, energy, "Energy: steps downhill in the energy", ENERGY),
+    for x, image, title, labels in [(left, energy, "Energy: one step downhill", ENERGY),
                                     (left + energy.width + gap, cim, "CIM: samples of the generator", CIM)]:
         page.paste(image, (x, top))
         draw.text((x + image.width / 2, 16), title, "black", font, anchor="mm")
