@@ -760,7 +760,7 @@ def add_run_flags(parser):
     g("--compile", action="store_true",
       help="torch.compile the step: advised on GPUs; it takes a minute or two to start, and is then faster")
     g("--num_workers", type=number(int, 0, 1024), default=default_workers(),
-      help="data loader workers per process; a GPU takes about five")
+      help="data loader workers per process; a GPU takes about four")
     g("--check_data", action="store_true", help="first open every image, and name all that cannot be read")
     g("--output_dir", help="where results go; if not given, runs/METHOD_MODEL")
     g("--resume", action="store_true", help="continue from OUTPUT_DIR/checkpoint.pt if it exists")
