@@ -1049,7 +1049,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last checkpoint")
     except (BadInput, OSError, RuntimeError) as error:
-        if stop_signals and "is killed by signal" in str(error):      # it was sent to the loader's workers, too
+        if stop_signals and "is killed by signal" in str(error):      # the workers got the signal, too
             sys.exit("stopped; --resume continues from the last checkpoint")
         advice = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
         if isinstance(error, BadInput) or (isinstance(error, OSError) and not advice):

@@ -906,7 +906,7 @@ def test_miou_equals_a_slow_loop():
 @cases("file", ["README.md", ".study/PAPERS.md"])
 def test_the_commands_in_the_documentation_parse(file, monkeypatch):
     text = (Path(energy.__file__).parent / file).read_text().replace("\\\n", " ")
-    written = {}                                                      # output folder: the config of its backbone.pt
+    written = {}                                                      # output folder: its backbone's config
     monkeypatch.setattr(finetune, "read_config", lambda path: written.get(os.path.dirname(path), {}))
     for name, flags in re.findall(r"^(?:python|torchrun) .*?(\w+)\.py(.*)$", text, re.MULTILINE):
         if "--eval_only" not in flags:                                # which reads a checkpoint
