@@ -536,7 +536,7 @@ def backbone_config(args):
 
 def build_model(args, codes, device):
     """-> the CIM model on the device; codes: how many the tokenizer has, None without one."""
-    torch.manual_seed(args.seed)                               # again, whether a tokenizer was trained or not
+    torch.manual_seed(args.seed)                               # the same, whether a tokenizer was trained or not
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     backbone = models.build_backbone(args.model, **size)
     if args.img_size % backbone.stride or backbone.stride % args.patch_size:
@@ -728,7 +728,7 @@ def main():
     crop = partial(crop_and_mask, args=args)
     loader, val_images = data.together(data.pretraining_data, args, crop, rank, world, device)
     data.require_equal(args, loader.dataset)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                                      # for a tokenizer that is trained
     tokenizer = load_tokenizer(args, resume, loader.dataset, val_images)
     codes = tokenizer.codes if tokenizer else None
     model, optimizer, scaler, step = data.together(prepare, args, resume, codes, device)
