@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 
@@ -786,6 +787,12 @@ def is_first_of_machine():
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+@cache
+def message_group():
+    """-> the processes' group for messages. It waits for a day, as one may download or train meanwhile."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
 def together(function, *args, share=False):
     """-> function(*args), called in each process; with `share`, all get the first process's result.
 
@@ -793,8 +800,7 @@ def together(function, *args, share=False):
     """
     if not dist.is_initialized():
         return function(*args)
-    # Messages have a group of their own, which waits for a day: a process may download or train meanwhile.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    group = message_group()
     result = error = None
     try:
         result = function(*args)
@@ -808,7 +814,6 @@ def together(function, *args, share=False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         dist.barrier(group)                           # once one has ended, torchrun ends the others
         sys.exit(1)
-    dist.destroy_process_group(group)
     return outcomes[0][1] if share else result
 
 
