@@ -13,7 +13,6 @@ and writes weight files, without running any code that a file may contain.
 """
 import argparse
 import json
-import math
 import os
 import zipfile
 from collections import OrderedDict
