@@ -3,8 +3,8 @@
 A small BEiT, the generator, predicts the tokens of masked patches. Tokens sampled from its predictions are
 decoded to a plausibly corrupted image. From it, the enhancer, a ViT or a ResNet, learns to restore the
 original pixels (RESPIX) or to detect the replaced tokens (REVDET). Only the enhancer is kept. --objective
-none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1 and 3,
-but without its relative positions and LayerScale.
+none trains the generator alone: with the ViT's full depth, this is BEiT, the baseline of Tables 1, 3,
+9 and 11, but without its relative positions and LayerScale.
 
     python cim_pretrain.py --recipe short                            # one process; below: one node, two nodes
     torchrun --nproc_per_node 8 cim_pretrain.py --model vit_b --data /path/to/imagenet --compile
@@ -242,9 +242,9 @@ class CIM(nn.Module):
     def generate_pixels(self, images, mask):
         """The MAE-like generator (Table 10) -> (its loss, the images with sampled pixels in masked patches).
 
-        Decision: the paper "samples RGB color values". Here, each is drawn from a normal distribution around
-        the output; its variance is the batch's mean squared error, the maximum-likelihood estimate. Differs
-        from sec. A.1, which takes "a MAE-Base model": the network is the same as with tokens.
+        Sec. A.1: "we sample RGB color values". Decision: from a normal distribution around the output, whose
+        variance is the batch's mean squared error, the maximum-likelihood estimate. Differs from sec. A.1,
+        which takes "a MAE-Base model": the network is the same as with tokens.
         """
         patches = models.patchify(images, self.patch_size)                     # (B, N, 3 p p)
         output, indices, masked = self.generator(images, mask)                 # (B, K, 3 p p)
@@ -264,7 +264,7 @@ class CIM(nn.Module):
         With random erasing, what was replaced is pixels: (B, 1, H, W).
         """
         if self.generator is None:
-            # Decision: random erasing blanks one rectangle of a random area.
+            # Decision: the "50% random erasing" of sec. 3.3 sets one rectangle to the mean colour.
             erased = data.random_rectangles(images, None, count=1, area=self.erase_area)
             return images.masked_fill(erased, 0), torch.zeros((), device=images.device), erased
         if tokenizer is None:
@@ -315,23 +315,23 @@ def crop_and_mask(image, label, args):
 def normalize_target(images, target, patch_size):
     """RESPIX's target (sec. 2.2, Table 6): ((images - mean) / std, mean, std), all of the images' shape.
 
-    window: mean and std of the 8x8 window around each pixel (4 pixels before it, 3 after it; reflected at the
-    borders). patch: mean and std of the pixel's own patch, as in MAE. none: 0 and 1.
-    Decision: statistics of all three channels together, with 1e-6 added to the variance, as in MAE, whose
-    variance is the unbiased one; this is not.
+    window: mean and std of the 8x8 window around each pixel. Decision: it has 4 pixels before the pixel and
+    3 after it, and images are reflected at their borders. patch: mean and std of the pixel's own patch, as
+    in MAE. none: 0 and 1. Decision: statistics of all three channels together, with 1e-6 added to the
+    variance, as in MAE, whose variance is the unbiased one; this is not.
     """
     if target == "none":
         return images, torch.zeros_like(images), torch.ones_like(images)
-    # In fp32, E[x^2] - E[x]^2 would be off by up to 0.13 on flat regions. (Apple's GPUs have no float64.)
-    exact = images.float() if images.device.type == "mps" else images.double()
+    # In fp32, E[x^2] - E[x]^2 can put flat regions' targets off by 1. (Apple's GPUs have no float64.)
+    exact = (images.cpu() if images.device.type == "mps" else images).double()
     moments = torch.stack([exact, exact.square()], dim=1).mean(dim=2)          # (B, 2, H, W)
     if target == "window":
         moments = F.avg_pool2d(F.pad(moments, (4, 3, 4, 3), mode="reflect"), 8, stride=1)
     else:
         moments = F.interpolate(F.avg_pool2d(moments, patch_size), scale_factor=patch_size)
     mean, square = moments.split(1, dim=1)                                     # (B, 1, H, W) each
-    std = ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().to(images.dtype).expand_as(images)
-    mean = mean.to(images.dtype).expand_as(images)
+    std = ((square - mean.square()).clamp(min=0) + 1e-6).sqrt().to(images).expand_as(images)
+    mean = mean.to(images).expand_as(images)
     return (images - mean) / std, mean, std
 
 
@@ -479,7 +479,7 @@ def init_as_beit(vit):
     """Normal with std 0.02; the output layers of block i are divided by sqrt(2 i), as in BEiT.
 
     Decision: the papers state no initialisation. BEiT's code cuts the normal off at one std, which leaves a
-    std of 0.0108; this does not. The patch embedding's bias is zero.
+    std of 0.0108, and starts the patch embedding's bias at zero. Here, the bias keeps PyTorch's default.
     """
     for param in vit.parameters():
         if param.dim() > 1:                                    # all but biases and LayerNorms
@@ -536,7 +536,7 @@ def backbone_config(args):
 
 def build_model(args, codes, device):
     """-> the CIM model on the device; codes: how many the tokenizer has, None without one."""
-    torch.manual_seed(args.seed)                               # the same, whether a tokenizer was trained or not
+    torch.manual_seed(args.seed)                               # the same start with any tokenizer
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     backbone = models.build_backbone(args.model, **size)
     if args.img_size % backbone.stride or backbone.stride % args.patch_size:
@@ -698,7 +698,8 @@ def init_processes():
 def amp_dtype(amp, device):
     """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
 
-    Decision: bf16 where a GPU has it; the papers take PyTorch's default of their time, fp16.
+    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, then fp16; CIM's says only
+    "mixed precision".
     """
     if amp == "auto" and device.type != "cuda":
         amp = "off"

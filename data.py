@@ -427,9 +427,9 @@ def limit_aspect(image):
 def finetune_transform(img_size, randaug, erasing, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
-    Differs from CIM's paper: torchvision's RandAugment applies two operations of one fixed strength. The
-    paper uses timm's, which skips each with probability 0.5, varies the strength (standard deviation 0.5),
-    and draws from a slightly different list of operations.
+    Differs from BEiT's and MAE's code, whose timm writes RandAugment as CIM's Table 14 does (9/0.5): timm's
+    skips each operation with probability 0.5, varies the strength (standard deviation 0.5), and has Invert
+    and SolarizeAdd instead of Identity. torchvision's applies two operations of one fixed strength.
     """
     # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
@@ -585,7 +585,7 @@ def denormalize(images, mean=MEAN, std=STD):
 
 
 def gray(images, generator):
-    """The luma (ITU-R 601) of the un-normalised image in all three channels (Colorization, Table 2)."""
+    """The un-normalised image's luma in all channels (Colorization, Table 2). Decision: that of ITU-R 601."""
     r, g, b = (channel * std + mean for channel, mean, std in zip(images.unbind(dim=1), MEAN, STD))
     luma = 0.299 * r + 0.587 * g + 0.114 * b
     return normalize(torch.stack([luma, luma, luma], dim=1))

@@ -1,7 +1,8 @@
 """Fine-tuning and evaluation of pretrained backbones, or the same training from scratch, in one file.
 
-Classification, linear and three-layer probes, few labels and segmentation, with the recipes of both papers:
-energy (Wang et al., ICLR 2023, secs. A.1, B.4) and CIM (Fang et al., ICLR 2023, tables 14, 15, sec. 3.2).
+Classification, linear and three-layer probes, few labels and segmentation. The recipes are CIM's (Fang et
+al., ICLR 2023, tables 14, 15, sec. 3.2) and, for the energy method (Wang et al., ICLR 2023, secs. 4, A.2,
+B.4), mostly MAE's, because the text at hand lacks that paper's Table A.
 --init takes a file of the pretraining scripts, whose config then chooses the recipe, or a state dict with the
 parameter names of timm, MAE or torchvision.
 
@@ -47,20 +48,23 @@ from data import number
 CIM = dict(epochs=200, lr=3e-3, batch_size=1024, weight_decay=0.05, warmup_epochs=5, layer_decay=0.8,
            clip_grad=0.0, head_norm="layer", drop_path=0.1, loss="ce", label_smoothing=0.1, mixup=0.8,
            cutmix=1.0, randaug=9, erasing=0.25, repeats=1, img_size=224, test_size=224, crop_ratio=0.95)
-# Table 14's learning rates by the model and objective of --init; all others take 3e-3. For ViT-S, the table
-# has "3e-3 or 4e-3". Decision: REVDET takes the higher one, because ViT-B's REVDET does.
+# Table 14's learning rates by the model and objective of --init; its others are 3e-3. For ViT-S, the table
+# has "3e-3 or 4e-3". Decision: REVDET takes the higher one, because ViT-B's REVDET does. Decision: ViT-L,
+# which the table lacks, takes ViT-B's values, but 50 epochs.
 CIM_RATES = {("vit_b", "revdet"): 5e-3, ("vit_s", "revdet"): 4e-3}
 # Energy: "most of the experimental settings follow" MAE (sec. 4); Table A, with the others, is lost.
-# Decision: a *base* rate of 1e-3 and a layer decay of 0.75, the pair of defaults of MAE's public code; by its
-# rule (base x batch / 256), the rate is 4e-3 at a batch of 1,024. Decision: drop path 0.1 for ViT-L, too,
-# where MAE has 0.2. Decision: no new norm before the linear layer, as the paper replaces only that layer.
-# With 2 % of CIFAR-10's labels (vit_nano, 600 steps of sr, then 10 epochs at 1e-3, mean of three seeds),
-# --head_norm none reached 30.3 % top-1, layer 32.1 and batch 35.9.
+# Decision: batch, augmentation and crops are MAE's, and so is drop path, but 0.1 for ViT-L, too, where MAE
+# has 0.2. Decision: a *base* rate of 1e-3 and a layer decay of 0.75, the pair of defaults of MAE's public
+# code; by its rule (base x batch / 256), the rate is 4e-3 at a batch of 1,024. Decision: no new norm before
+# the linear layer, as the paper replaces only that layer. With 2 % of CIFAR-10's labels (vit_nano, 600 steps
+# of sr, then 10 epochs at 1e-3, mean of three seeds), --head_norm none reached 30.3 % top-1, layer 32.1 and
+# batch 35.9.
 ENERGY = CIM | dict(lr=4e-3, layer_decay=0.75, head_norm="none", crop_ratio=0.875)
-# Energy: Table 3 (its other tables: 100 epochs); CIM: Table 14. Decision: 50 for CIM's ViT-L, too.
+# CIM: Table 14. Decision: energy's Table 3 is read as saying so, too (its Tables 1 and 2: 100 epochs).
 EPOCHS = {"vit_b": 100, "vit_l": 50}                    # other models: 200
 
-# The columns of CIM's Table 15, named by their epochs. RSB (Wightman et al., 2021) has no random erasing.
+# The columns of CIM's Table 15, named by their epochs. RSB (Wightman et al., 2021) has no random erasing, and
+# repeats each image three times where the table has a tick.
 # Decision: energy's ResNet takes them too, and CIM's x2 and x4 train at 160 pixels like ResNet-50.
 RSB_100 = CIM | dict(epochs=100, lr=12e-3, batch_size=2048, weight_decay=0.02, layer_decay=1.0,
                      head_norm="none", drop_path=0.0, loss="bce", mixup=0.1, randaug=6, erasing=0.0,
@@ -664,7 +668,8 @@ def init_processes():
 def amp_dtype(amp, device):
     """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
 
-    Decision: bf16 where a GPU has it; the papers take PyTorch's default of their time, fp16.
+    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, then fp16; CIM's says only
+    "mixed precision".
     """
     if amp == "auto" and device.type != "cuda":
         amp = "off"

@@ -657,7 +657,7 @@ def build_backbone(model, img_size=224, patch_size=16, pool="cls", pos_embed="si
     return cls(**options, drop_rate=drop_rate)
 
 
-# Decision: neither mask nor class tokens decay.
+# Decision: neither mask nor class tokens decay. BEiT's code decays the mask token, MAE's both.
 NO_DECAY = ("token", "pos_embed", "layer_scale", "relative_position_bias", "alpha_head")
 
 

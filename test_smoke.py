@@ -726,6 +726,10 @@ def test_normalised_targets_and_auc_equal_slow_loops():
     patch = cim.normalize_target(images, "patch", 4)[0][1, :, 4:8, 8:12]
     assert patch.mean().abs() < 1e-6 and abs(patch.std(correction=0) - 1) < 1e-5
     assert torch.equal(cim.normalize_target(images, "none", 4)[0], images)
+    flat = torch.full((1, 3, 16, 16), 2.0)                            # where E[x^2] - E[x]^2 fails in fp32
+    flat[0, :, 5, 5] += 0.01
+    exact = cim.normalize_target(flat.double(), "window", 4)[0].float()
+    assert_close(cim.normalize_target(flat, "window", 4)[0], exact, rtol=0, atol=1e-3)
     scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.3]), torch.tensor([False, False, True, True, True])
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels].tolist() for n in scores[~labels].tolist()]
     assert cim.area_under_curve(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
@@ -911,8 +915,11 @@ def test_the_commands_in_the_documentation_parse(file, monkeypatch):
     for name, flags in re.findall(r"^(?:python|torchrun) .*?(\w+)\.py(.*)$", text, re.MULTILINE):
         if "--eval_only" not in flags:                                # which reads a checkpoint
             args = parse(sys.modules[name], *flags.split())
+            if file != "README.md" and getattr(args, "init", None):
+                assert os.path.dirname(args.init) in written          # a folder of a command above
             assert args.output_dir not in written or file == "README.md"
-            written[args.output_dir] = {"model": args.model, "img_size": args.img_size}
+            method = "cim" if name == "cim_pretrain" else "energy"
+            written[args.output_dir] = {"model": args.model, "img_size": args.img_size, "method": method}
     assert len(written) > (150 if "PAPERS" in file else 5)
 
 
@@ -951,7 +958,8 @@ def bad(trained):
     (energy, ["--amp", "bf16", "--corrupt", "random_small", "--pool", "cls"], "psnr_random_small_2 alpha"),
     (energy, ["--amp", "fp16", "--energy_steps", 0], "psnr_grid_0 energy_gap_grid energy_drop_color"),
     (energy, [*RESNET, "--energy_steps", 1, "--corrupt", "sr", "--clip_grad", 0], "psnr_sr_1"),
-    (energy, [*AUTO, "--corrupt", "sort"], "sorted_1"), (energy, [*AUTO, "--corrupt", "grid"], "psnr_grid_1"),
+    (energy, [*AUTO, "--corrupt", "sort", "--sort_whole"], "sorted_1"),
+    (energy, [*AUTO, "--corrupt", "grid"], "psnr_grid_1"),
     (energy, AUTO, "psnr_denoise_1"),
     (cim, [*TRAIN, "--objective", "none", "--mask_ratio", 0.4, 0.4], "gen_loss gen_acc"),
     (cim, ["--generator", "mae", "--target", "patch", "--amp", "bf16"], "psnr_template psnr_output"),
