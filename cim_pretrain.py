@@ -435,13 +435,9 @@ def read_tokenizer(name, folder):
 
 
 def read_or_train_dvae(args, resume, dataset, val_images):
-    """-> the dVAE of --tokenizer train, on the CPU. The first process reads or trains it, and keeps it in
-    OUTPUT_DIR.
-    """
-    if not data.is_first():
-        return None
+    """-> the dVAE of --tokenizer train, read or trained, on the CPU. OUTPUT_DIR keeps it as dvae.pt."""
     folder = args.tokenizer_dir
-    if args.freeze_generator:                                  # it was trained on the tokens of its own run
+    if args.freeze_generator and not folder:                   # it was trained on the tokens of its own run
         folder = os.path.dirname(args.freeze_generator) or "."
     if resume:
         folder = args.output_dir

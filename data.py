@@ -17,7 +17,6 @@ import os
 import resource
 import signal
 import sys
-import urllib.request
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -125,10 +124,7 @@ def open_image(path, formats=FORMATS):
         raise BadInput(f"cannot read the image {path} ({error}): repair or delete it; "
                        f"it must be {' or '.join(formats)}") from None
     with suppress(Exception):                                        # a broken EXIF block spoils no image
-        turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-                 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-        turn = turns.get(image.getexif().get(0x0112))                # the tag for the orientation
-        image = image.transpose(Image.Transpose[turn]) if turn else image
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -164,31 +160,26 @@ class Images(Dataset):
         return read_rgb(self.paths[index]), -1
 
 
-class ClassFolders(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder without hidden files and folders, which are no data."""
+class ClassFolders(Images):
+    """The image files in folder/CLASS/, at any depth, with the number of the class as the label.
+
+    torchvision's ImageFolder would take hidden files, and count a folder again for each link to it.
+    """
 
     def __init__(self, folder):
-        def is_data(path):
-            inside = Path(path).relative_to(folder).parts
-            return is_image(path) and len(visible(inside)) == len(inside)
+        super().__init__([path for path in find_images(folder) if os.path.dirname(path) != folder])
+        names = [path[len(folder) + 1:].split("/")[0] for path in self.paths]
+        self.classes = sorted(set(names))
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.targets = [labels[name] for name in names]
 
-        super().__init__(folder, loader=read_rgb, is_valid_file=is_data)
-
-    def find_classes(self, directory):
-        names = [name for name in visible(os.listdir(directory)) if os.path.isdir(f"{directory}/{name}")]
-        if not names:
-            raise FileNotFoundError(f"no class folders in {directory}")
-        return names, {name: label for label, name in enumerate(names)}
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], self.targets[index]
 
 
 def visible(names):
     """-> the sorted names that are data: no hidden ones, and not the folder that a Mac adds to zip files."""
     return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
-
-
-def is_image(path):
-    name = os.path.basename(path)
-    return name.lower().endswith(EXTENSIONS) and bool(visible([name]))
 
 
 def find_images(folder):
@@ -212,7 +203,7 @@ def find_images(folder):
             continue
         visited.add(real_root)
         for name in visible(names):
-            if is_image(name):
+            if name.lower().endswith(EXTENSIONS):
                 paths.append(os.path.join(root, name))
             else:
                 others[os.path.splitext(name)[1].lower() or "no extension"] += 1
@@ -265,32 +256,21 @@ def unlabelled_dataset(name, train, img_size):
 
 
 def labelled_dataset(name, train, img_size):
-    """Images and labels of "shapes", "cifar10" or a folder with train/CLASS/ and val/CLASS/.
+    """Images and labels of "shapes", "cifar10" or a folder with train/CLASS/ and val/CLASS/. Raises BadInput.
 
-    train/ and val/ must have the same classes. The dataset has `classes`, their names in the order of the
-    labels, and `targets`, the label of each image. Raises BadInput.
+    It has `classes`, their names in the order of the labels, and `targets`, the label of each image.
     """
     if name in ("shapes", "cifar10"):
         return unlabelled_dataset(name, train, img_size)
-    try:
-        train_set, val_set = (ClassFolders(f"{name}/{split}") for split in ("train", "val"))
-    except OSError as error:
-        raise BadInput(f"--data {name} does not serve ({error}): give a folder with train/CLASS/ and "
-                       "val/CLASS/, images in each class, 'shapes' or 'cifar10'") from None
-    if train_set.classes != val_set.classes:
-        raise BadInput(f"classes differ ({describe_difference(train_set.classes, val_set.classes)}): "
-                       f"give {name}/train and {name}/val the same class folders")
-    if len(train_set.classes) < 2:
-        raise BadInput(f"--data {name} has the single class {train_set.classes[0]}: give at least two, each "
-                       "in a folder of its own below train/ and val/")
-    return train_set if train else val_set
-
-
-def describe_difference(train_names, val_names, train_label="train", val_label="val"):
-    """Says which class names only one of two sets has, such as "only in train: c; only in val: none"."""
-    only_train = sorted(set(train_names) - set(val_names))[:3] or ["none"]
-    only_val = sorted(set(val_names) - set(train_names))[:3] or ["none"]
-    return f"only in {train_label}: {', '.join(only_train)}; only in {val_label}: {', '.join(only_val)}"
+    folder = f"{name}/train" if train else f"{name}/val"
+    if not os.path.isdir(folder):
+        raise BadInput(f"--data {name} needs the folder {folder}: give a folder with train/CLASS/ and "
+                       "val/CLASS/, 'shapes' or 'cifar10'")
+    dataset = ClassFolders(folder)
+    if len(dataset.classes) < 2:
+        raise BadInput(f"{folder} has images of {len(dataset.classes)} classes: give at least two, each in a "
+                       "folder of its own")
+    return dataset
 
 
 def few_labels(targets, fraction, seed):
@@ -542,10 +522,7 @@ class EndlessSampler(Sampler):
 
 
 def endless_loader(args, dataset, transform, rank, world, device, repeats=1):
-    """-> DataLoader of this process's batches, step after step, without end. Raises BadInput.
-
-    Order and crops depend on (args.seed, epoch, index) alone, not on the number of processes.
-    """
+    """-> DataLoader of this process's batches, step after step, without end. Raises BadInput."""
     parts = world * args.accum_steps
     if args.batch_size % parts or args.batch_size > len(dataset):
         raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x "
@@ -794,7 +771,7 @@ def message_group():
 
 
 def together(function, *args, share=False):
-    """-> function(*args), called in each process; with `share`, all get the first process's result.
+    """-> function(*args), called in each process; with `share`, the first one calls it for all.
 
     If it fails in one process, all end with that error, which the first process of each machine prints.
     """
@@ -803,7 +780,7 @@ def together(function, *args, share=False):
     group = message_group()
     result = error = None
     try:
-        result = function(*args)
+        result = function(*args) if is_first() or not share else None
     except (BadInput, OSError) as caught:
         error = str(caught) or repr(caught)
     outcomes = [None] * dist.get_world_size()
@@ -870,8 +847,6 @@ def fetch_data(args):
 
 
 def create_output(args):
-    if not is_first():
-        return None
     folder = args.output_dir
     results = [name for name in ("checkpoint.pt", "backbone.pt") if os.path.exists(f"{folder}/{name}")]
     if results and not (args.resume and "checkpoint.pt" in results):
@@ -907,13 +882,8 @@ def download(url, path, check):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         print(f"downloading {url}", flush=True)
-        with urllib.request.urlopen(url) as response, open(f"{path}.part", "wb") as file:
-            while chunk := response.read(2 ** 20):
-                file.write(chunk)
-            size = int(response.headers.get("Content-Length", file.tell()))
-            if file.tell() != size:
-                raise OSError(f"only {file.tell()} of {size} bytes arrived")
-        check(f"{path}.part")
+        torch.hub.download_url_to_file(url, f"{path}.part")
+        check(f"{path}.part")                                         # it refuses half of a file, too
         os.replace(f"{path}.part", path)
     except (OSError, HTTPException) as error:
         raise BadInput(f"cannot download {url} ({error or repr(error)}): put it at {path} by hand") from None

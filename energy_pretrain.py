@@ -308,10 +308,6 @@ class AutoEncoder(nn.Module):
         return loss, models.unpatchify(output.detach(), p, target.shape[3])
 
 
-def is_mae(args):
-    return args.method == "autoencoder" and args.corrupt == "grid" and args.mask_cell == args.patch_size
-
-
 def corrupt_pixels(images, generator, task, args):
     """Normalised images (B, 3, H, W) -> the same, corrupted by `task` (secs. 4.1, 4.2)."""
     corruptions = {"grid": partial(data.mask_grid, cell=args.mask_cell, ratio=args.mask_ratio),
@@ -328,7 +324,7 @@ def corrupt_batch(task, images, generator, model, args):
     """-> (x_0, its target, context: the remaining arguments of model(x_0, target, **context)).
 
     Most tasks: x_0 is the corrupted images, the target the images; there is no context.
-    MAE (is_mae): the same, and `keep` (B, M), the indices of the visible patches, the only ones that enter.
+    MAE: the same, and `keep` (B, M), the indices of the visible patches, the only ones that enter.
     sort: x_0 is shuffled position embeddings (B, M, dim), the target the true ones, `images` what the patches
     are cut from, and `keep` (B, M) which patches enter.
     """
@@ -346,7 +342,7 @@ def corrupt_batch(task, images, generator, model, args):
         shuffled = model.patch_positions[0, shuffle.gather(1, keep)]  # (B, M, dim)
         target = model.patch_positions[0, keep]                       # (B, M, dim)
         return shuffled, target, {"images": images, "keep": keep}
-    if is_mae(args):
+    if args.method == "autoencoder" and args.corrupt == "grid" and args.mask_cell == p:          # MAE
         mask = data.grid_mask(images, generator, args.mask_cell, args.mask_ratio)    # True = corrupted
         patch_mask = mask[:, 0, ::p, ::p].flatten(1)                  # (B, P)
         keep = patch_mask.byte().argsort(dim=1, stable=True)          # the visible patches first

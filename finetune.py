@@ -477,36 +477,38 @@ def scheduled_rate(args, step, total_steps, warmup_steps):
 
 def build_data(args, rank, world, device):
     """-> (loader of training batches, loader of this process's part of the validation images)."""
-    val_set, val_transform = build_validation(args)
-    color = {"mean": args.mean, "std": args.std}
-    if args.task == "segment":
-        train_set = data.Segmentation(args.data, True, args.num_classes)
-        transform = data.segment_transform(args.img_size, True, **color)
-    else:
-        train_set = data.labelled_dataset(args.data, True, args.img_size)
-        transform = data.finetune_transform(args.img_size, args.randaug, args.erasing, **color)
+    train_set, val_set = build_dataset(args, True), build_dataset(args, False)
+    check_classes(args, train_set.classes, "the training images", val_set.classes)
     data.check_data(args, train_set, val_set)
+    if args.task == "segment":
+        transform = data.segment_transform(args.img_size, True, args.mean, args.std)
+    else:
+        transform = data.finetune_transform(args.img_size, args.randaug, args.erasing, args.mean, args.std)
     if args.label_fraction:
         train_set = Subset(train_set, data.few_labels(train_set.targets, args.label_fraction, args.seed))
     loader = data.endless_loader(args, train_set, transform, rank, world, device, args.repeats)
-    return loader, validation_loader(args, val_set, val_transform, rank, world)
+    return loader, validation_loader(args, val_set, rank, world)
 
 
-def build_validation(args):
-    """-> (validation set, its transform); sets args.num_classes to the number of class folders."""
+def build_dataset(args, train):
+    """-> the training or the validation set; sets args.num_classes to the number of class folders."""
     if args.task == "segment":
-        transform = data.segment_transform(args.img_size, False, args.mean, args.std)
-        return data.Segmentation(args.data, False, args.num_classes), transform
-    dataset = data.labelled_dataset(args.data, False, args.img_size)
+        return data.Segmentation(args.data, train, args.num_classes)
+    dataset = data.labelled_dataset(args.data, train, args.img_size)
     args.num_classes = len(dataset.classes)
-    return dataset, data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
+    return dataset
 
 
-def validation_loader(args, dataset, transform, rank, world):
+def validation_loader(args, dataset, rank, world):
     """-> DataLoader. Each image is in one process only, and in the same batch for any number of processes; a
     sampler that pads would count some images twice.
     """
-    batch_size = 1 if args.task == "segment" else 64                  # masks differ in size
+    if args.task == "segment":
+        transform = data.segment_transform(args.img_size, False, args.mean, args.std)
+        batch_size = 1                                                # masks differ in size
+    else:
+        transform = data.center_transform(args.test_size, args.crop_ratio, args.mean, args.std)
+        batch_size = 64
     keys = [(0, index) for index in range(len(dataset))]              # (epoch, index)
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     return DataLoader(data.Transformed(dataset, transform, args.seed), num_workers=args.num_workers,
@@ -577,7 +579,8 @@ def prepare(args, resume, rank, world, device):
     best = 0.0
     if resume:
         checkpoint = models.restore("finetune", args, model, optimizer, scaler)
-        check_classes(args, checkpoint, val_loader)
+        classes = val_loader.dataset.dataset.classes
+        check_classes(args, checkpoint.get("classes"), "the checkpoint", classes)
         step = checkpoint["step"]
         best = max([line.get(model.metric, 0.0) for line in data.read_log(args)], default=0.0)
     return loader, val_loader, model, optimizer, scaler, step, best
@@ -591,13 +594,13 @@ def backbone_config(args):
             | {name: getattr(args, name) for name in BACKBONE})
 
 
-def check_classes(args, checkpoint, val_loader):
-    """Raises BadInput unless --data has the classes that the checkpoint was trained on."""
-    saved, classes = checkpoint.get("classes"), val_loader.dataset.dataset.classes
-    if saved != classes:
-        difference = data.describe_difference(saved or [], classes or [], "the checkpoint", "--data")
-        raise data.BadInput(f"--data {args.data} has other classes than the checkpoint ({difference}): give "
-                            "the data that it was trained on")
+def check_classes(args, classes, source, val_classes):
+    """Raises BadInput unless the validation images have the classes of `source`; masks have none: None."""
+    if classes != val_classes:
+        missing = sorted(set(classes or []) - set(val_classes or []))[:3] or ["none"]
+        added = sorted(set(val_classes or []) - set(classes or []))[:3] or ["none"]
+        raise data.BadInput(f"the validation images of --data {args.data} have other classes than {source} "
+                            f"(missing: {', '.join(missing)}; added: {', '.join(added)}): give the same")
 
 
 # ---------------------------------------------------------------- what is measured and shown
@@ -643,11 +646,11 @@ def save_picture(path, model, dataset, device, mean, std):
 
 def prepare_evaluation(args, rank, world, device):
     """For --eval_only -> (model, validation loader). Raises BadInput and OSError."""
-    loader = validation_loader(args, *build_validation(args), rank, world)
-    check_classes(args, models.read_file(args.init), loader)
+    val_set = build_dataset(args, False)
+    check_classes(args, models.read_file(args.init).get("classes"), "the checkpoint", val_set.classes)
     model = build_model(args, device)
     models.restore("finetune", args, model, path=args.init)
-    return model, loader
+    return model, validation_loader(args, val_set, rank, world)
 
 
 # ---------------------------------------------------------------- helpers, identical in all three scripts

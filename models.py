@@ -642,7 +642,7 @@ MODELS = {
 
 
 def build_backbone(model, img_size=224, patch_size=16, pool="cls", pos_embed="sincos", norm="batch",
-            drop_rate=0.0, dilated=False):
+                   drop_rate=0.0, dilated=False):
     """-> the backbone named `model`, a key of MODELS. Raises ValueError if there is none of that name.
 
     ViTs use the next four arguments, ResNets use `norm` and `dilated`, and all models use `drop_rate`.
@@ -954,7 +954,9 @@ def load_weights(backbone, weights):
 def load_backbone(path):
     """-> the backbone of a backbone.pt, in eval mode: backbone(images) is its feature, pooled as in training.
 
-    Images are normalised (B, 3, H, W); data.center_transform(img_size) makes one. Raises BadFile.
+    Images are normalised (B, 3, H, W); data.center_transform(img_size) makes one. Raises BadFile. If a ViT was
+    fine-tuned with --head_norm layer, its head saw another feature, the patch tokens' mean before the last
+    LayerNorm: backbone.forward_tokens(images, norm=False)[:, 1:].mean(dim=1).
     """
     content = read_file(path)
     try:

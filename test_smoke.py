@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from http.client import HTTPMessage
 from itertools import count, islice
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def test_hidden_files_are_no_data_and_links_multiply_none(tmp_path, capsys):
     for link, folder in (("above", tmp_path / "images/train"), ("1", "../../val"), ("2", "../../val")):
         (tmp_path / "images/train/a" / link).symlink_to(folder)
     assert len(data.find_images(tmp_path / "images/train")) == 24 + 37
+    assert len(data.labelled_dataset(str(tmp_path / "images"), True, 16)) == 24 + 37
 
 TURN = Image.Exif()
 TURN[0x0112] = 6                                                      # "turn by 90 degrees"
@@ -579,13 +581,15 @@ def test_load_weights_accounts_for_every_key(changes, result):
         assert models.load_weights(vit, {"model": named}) == result
         assert all(torch.equal(vit.state_dict()[key], state[key]) for key in state.keys() - changes)
 
-@cases("size,problem", [(None, "web page"), (10_000, "only 6 of 10000 bytes")])
-def test_downloads_that_are_not_kept(size, problem, tmp_path, monkeypatch):
-    response = io.BytesIO(b"<html>")
-    response.headers = {"Content-Length": size} if size else {}
-    monkeypatch.setattr("urllib.request.urlopen", lambda url: response)
+@cases("kept", [0, 0.5])
+def test_downloads_that_are_not_kept(kept, tmp_path, monkeypatch):
+    torch.save({"state_dict": {"x": torch.ones(9)}}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    response = io.BytesIO(whole[:int(kept * len(whole))] or b"<html>")
+    response.info = HTTPMessage
+    monkeypatch.setattr("torch.hub.urlopen", lambda request: response)
     path = f"{tmp_path}/new/encoder.pkl"
-    words = f"cannot download https://x.*{problem}.*put it at {path}"
+    words = f"cannot download https://x.*truncated or not a weight file.*put it at {path}"
     refuses(data.BadInput, words, data.download, "https://x", path, models.read_tensors)
     assert os.listdir(tmp_path / "new") == []
 
@@ -1129,16 +1133,16 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (finetune, ["--init", "bad/list.pt", *VIT], "--init list.pt"),
     (finetune, [*INIT, "--eval_only"], "--eval_only checkpoint.pt finetune.py"),
     (finetune, [*DONE, "--img_size", 64], "--eval_only --img_size 16"),
-    (finetune, [*DONE, "--data", "shapes"], "classes checkpoint: a, b, c plain"),
+    (finetune, [*DONE, "--data", "shapes"], "classes checkpoint missing: a, b, c; added: plain"),
     (finetune, [*VIT, "--head_norm", "batch", "--batch_size", 1], "vit_nano --batch_size 1"),
-    (finetune, ["--data", "bad/other"], "classes differ train: c val: d"),
-    (finetune, ["--data", "bad/one"], "single class a two"),
+    (finetune, ["--data", "bad/other"], "classes training images missing: c; added: d"),
+    (finetune, ["--data", "bad/one"], "images of 1 classes at least two"),
     (finetune, [*SEGMENT, *VIT, "--num_classes", 2], "label 3 --num_classes 2"),
     (finetune, [*SEGMENT, *VIT, "--data", "nowhere"], "nowhere/images/ no image files"),
     (finetune, [*SEGMENT, *VIT, "--data", "bad/sizes", "--num_workers", 1], ".png (7, 9)")])
 def test_bad_input_is_one_sentence(script, flags, words, bad, tmp_path, monkeypatch):
     at_exit = []
-    monkeypatch.setattr("urllib.request.urlopen", lambda url: os.listdir("no network"))
+    monkeypatch.setattr("torch.hub.urlopen", lambda request: os.listdir("no network"))
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     assert_stops(script, ["--epochs", 1, "--output_dir", tmp_path / "out", *flags], words)
     for function, *args in at_exit:                                   # a start that fails leaves no folder
