@@ -75,7 +75,8 @@ def parse_args():
     g("--tokenizer", choices=["dalle", "vqgan", "train"], help="published weights, or a small dVAE trained "
       "first on the run's own images; if not given, dalle")
     g("--tokenizer_dir", help="folder with encoder.pkl and decoder.pkl (downloaded if missing), "
-      "vqgan.ckpt, or the dvae.pt of another run; if not given, ./tokenizer, but OUTPUT_DIR for train")
+      "vqgan.ckpt, or the dvae.pt of another run; if not given, ./tokenizer, and for train that of the "
+      "frozen generator's run, or else a new one is trained")
     g("--tokenizer_steps", type=number(int, 1), default=1000, help="training steps of --tokenizer train")
 
     g = p.add_argument_group("training").add_argument
@@ -322,7 +323,7 @@ def normalize_target(images, target, patch_size):
     """
     if target == "none":
         return images, torch.zeros_like(images), torch.ones_like(images)
-    # In fp32, E[x^2] - E[x]^2 can put flat regions' targets off by 1. (Apple's GPUs have no float64.)
+    # In fp32, E[x^2] - E[x]^2 makes targets of flat regions wrong. (Apple's GPUs have no float64.)
     exact = (images.cpu() if images.device.type == "mps" else images).double()
     moments = torch.stack([exact, exact.square()], dim=1).mean(dim=2)          # (B, 2, H, W)
     if target == "window":
@@ -532,7 +533,7 @@ def backbone_config(args):
 
 def build_model(args, codes, device):
     """-> the CIM model on the device; codes: how many the tokenizer has, None without one."""
-    torch.manual_seed(args.seed)                               # the same start with any tokenizer
+    torch.manual_seed(args.seed)                               # again, if a tokenizer was trained
     size = {"img_size": args.img_size, "patch_size": args.patch_size, "pool": "mean", "pos_embed": "learned"}
     backbone = models.build_backbone(args.model, **size)
     if args.img_size % backbone.stride or backbone.stride % args.patch_size:
@@ -694,8 +695,8 @@ def init_processes():
 def amp_dtype(amp, device):
     """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
 
-    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, then fp16; CIM's says only
-    "mixed precision".
+    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, which was fp16 at the time;
+    CIM's says only "mixed precision".
     """
     if amp == "auto" and device.type != "cuda":
         amp = "off"

@@ -163,15 +163,18 @@ class Images(Dataset):
 class ClassFolders(Images):
     """The image files in folder/CLASS/, at any depth, with the number of the class as the label.
 
-    torchvision's ImageFolder would take hidden files, and count a folder again for each link to it.
+    torchvision's ImageFolder would take hidden files, and follow a link to a folder above. Raises BadInput.
     """
 
     def __init__(self, folder):
-        super().__init__([path for path in find_images(folder) if os.path.dirname(path) != folder])
-        names = [path[len(folder) + 1:].split("/")[0] for path in self.paths]
-        self.classes = sorted(set(names))
+        self.classes = [name for name in visible(os.listdir(folder)) if os.path.isdir(f"{folder}/{name}")]
+        super().__init__(find_images(*(f"{folder}/{name}" for name in self.classes)))
         labels = {name: label for label, name in enumerate(self.classes)}
-        self.targets = [labels[name] for name in names]
+        self.targets = [labels[path[len(folder) + 1:].split("/")[0]] for path in self.paths]
+        empty = sorted(set(labels.values()) - set(self.targets))
+        if empty:
+            raise BadInput(f"no image files in the class folder {folder}/{self.classes[empty[0]]}: add some, or "
+                           "remove it")
 
     def __getitem__(self, index):
         return super().__getitem__(index)[0], self.targets[index]
@@ -182,8 +185,8 @@ def visible(names):
     return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
 
 
-def find_images(folder):
-    """-> sorted paths of all image files below the folder. Links are followed, each folder once.
+def find_images(*folders):
+    """-> sorted paths of all image files below the folders. Links are followed, in each folder once.
 
     Prints how many files were left out because of their formats.
     """
@@ -191,25 +194,27 @@ def find_images(folder):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror}): "
                        "make it readable or move it out of the data")
 
-    # Two links to one folder must not count its images twice, and a link to a folder above is a loop.
-    visited = set(Path(folder).resolve().parents)
     paths = []
     others = Counter()
-    for root, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
-        subfolders[:] = visible(subfolders)                          # the same order on every machine
-        real_root = Path(root).resolve()
-        if real_root in visited:
-            subfolders.clear()                                       # os.walk then goes no deeper
-            continue
-        visited.add(real_root)
-        for name in visible(names):
-            if name.lower().endswith(EXTENSIONS):
-                paths.append(os.path.join(root, name))
-            else:
-                others[os.path.splitext(name)[1].lower() or "no extension"] += 1
+    for folder in folders:
+        # Two links to one folder must not count its images twice, and a link to a folder above is a loop.
+        visited = set(Path(folder).resolve().parents)
+        for root, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
+            subfolders[:] = visible(subfolders)
+            real_root = Path(root).resolve()
+            if real_root in visited:
+                subfolders.clear()                                   # os.walk then goes no deeper
+                continue
+            visited.add(real_root)
+            for name in visible(names):
+                if name.lower().endswith(EXTENSIONS):
+                    paths.append(os.path.join(root, name))
+                else:
+                    others[os.path.splitext(name)[1].lower() or "no extension"] += 1
     if others and is_first():
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        print(f"{folder}: left out {others.total()} files of other formats ({kinds})", flush=True)
+        print(f"{os.path.commonpath(folders)}: left out {others.total()} files of other formats ({kinds})",
+              flush=True)
     return sorted(paths)
 
 
@@ -268,8 +273,8 @@ def labelled_dataset(name, train, img_size):
                        "val/CLASS/, 'shapes' or 'cifar10'")
     dataset = ClassFolders(folder)
     if len(dataset.classes) < 2:
-        raise BadInput(f"{folder} has images of {len(dataset.classes)} classes: give at least two, each in a "
-                       "folder of its own")
+        raise BadInput(f"{folder} has {len(dataset.classes)} class folders: at least two are needed, as "
+                       f"{folder}/CLASS/")
     return dataset
 
 
@@ -407,9 +412,10 @@ def limit_aspect(image):
 def finetune_transform(img_size, randaug, erasing, mean=MEAN, std=STD):
     """PIL image -> (3, img_size, img_size): crop, flip, RandAugment of this strength (0 to 10), erasing.
 
-    Differs from BEiT's and MAE's code, whose timm writes RandAugment as CIM's Table 14 does (9/0.5): timm's
-    skips each operation with probability 0.5, varies the strength (standard deviation 0.5), and has Invert
-    and SolarizeAdd instead of Identity. torchvision's applies two operations of one fixed strength.
+    Differs from BEiT's and MAE's code, which use timm's RandAugment, and probably from CIM's: "9 / 0.5" in
+    its Table 14 reads as timm's strength and standard deviation. timm's skips each operation with probability
+    0.5, varies the strength, and has Invert and SolarizeAdd instead of Identity. torchvision's applies two
+    operations of one fixed strength.
     """
     # Decision: small images keep at least 35 %, because 8 % of a CIFAR image are only 9 x 9 pixels.
     scale = (0.08, 1.0) if img_size >= SMALL else (0.35, 1.0)
@@ -771,7 +777,7 @@ def message_group():
 
 
 def together(function, *args, share=False):
-    """-> function(*args), called in each process; with `share`, the first one calls it for all.
+    """-> function(*args), called in each process; with `share` in the first one only, whose result all get.
 
     If it fails in one process, all end with that error, which the first process of each machine prints.
     """
@@ -882,7 +888,7 @@ def download(url, path, check):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         print(f"downloading {url}", flush=True)
-        torch.hub.download_url_to_file(url, f"{path}.part")
+        torch.hub.download_url_to_file(url, os.path.abspath(f"{path}.part"))
         check(f"{path}.part")                                         # it refuses half of a file, too
         os.replace(f"{path}.part", path)
     except (OSError, HTTPException) as error:

@@ -66,7 +66,7 @@ def parse_args():
       help="autoencoder: the paper's baseline, a ViT with a decoder; with --corrupt grid it is MAE")
     g("--corrupt", default="mix", choices=[*MIX, "random_small", "random_large", "mix", "sort"],
       help="the pretext task; mix: one of grid, sr, denoise, color for each image; sort: ViT only")
-    # Sec. 4: N = 2 unless otherwise specified. Table 3's caption: N = 1 but for runs of 200 epochs.
+    # Sec. 4: N = 2 unless otherwise specified. Table 3's caption: N = 1, except for runs of 200 epochs.
     g("--energy_steps", type=number(int, 0, 100), metavar="N", default=2,
       help="gradient steps on each corrupted image; Table 3 seems to take 1 for ViT-B and ViT-L; "
       "0: no step, corrupted images serve as negatives (Figure A)")
@@ -93,7 +93,7 @@ def parse_args():
     # a transcript of Table A whose source can no longer be found. The baselines take the same, where MAE has
     # a base rate of 1.5e-4 and batches of 4,096.
     g = p.add_argument_group("training").add_argument
-    # Decision: Table 3's ViT-S; if its caption counts epochs of pretraining, ViT-B takes 100 and ViT-L 50.
+    # Decision: 200 for all models, as for Table 3's ViT-S; its caption may mean 100 for ViT-B, 50 for ViT-L.
     g("--epochs", type=number(int, 1), default=200, help="passes over the training images")
     # Decision: warm-up and clipping stand in no text at hand.
     g("--warmup_epochs", type=number(float, 0),
@@ -525,8 +525,8 @@ def init_processes():
 def amp_dtype(amp, device):
     """-> autocast's dtype, or None. "auto" is off on a CPU: emulated bf16 is hundreds of times slower.
 
-    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, then fp16; CIM's says only
-    "mixed precision".
+    Decision: bf16 where a GPU has it. The energy paper takes PyTorch's default, which was fp16 at the time;
+    CIM's says only "mixed precision".
     """
     if amp == "auto" and device.type != "cuda":
         amp = "off"

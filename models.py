@@ -657,7 +657,8 @@ def build_backbone(model, img_size=224, patch_size=16, pool="cls", pos_embed="si
     return cls(**options, drop_rate=drop_rate)
 
 
-# Decision: neither mask nor class tokens decay. BEiT's code decays the mask token, MAE's both.
+# Decision: neither mask nor class tokens decay. In pretraining, BEiT's code decays the mask token, and MAE's
+# both.
 NO_DECAY = ("token", "pos_embed", "layer_scale", "relative_position_bias", "alpha_head")
 
 
@@ -954,9 +955,9 @@ def load_weights(backbone, weights):
 def load_backbone(path):
     """-> the backbone of a backbone.pt, in eval mode: backbone(images) is its feature, pooled as in training.
 
-    Images are normalised (B, 3, H, W); data.center_transform(img_size) makes one. Raises BadFile. If a ViT was
-    fine-tuned with --head_norm layer, its head saw another feature, the patch tokens' mean before the last
-    LayerNorm: backbone.forward_tokens(images, norm=False)[:, 1:].mean(dim=1).
+    Images are normalised (B, 3, H, W); data.center_transform(img_size) makes one. If a ViT was fine-tuned
+    with --head_norm layer, its head saw another feature, the patch tokens' mean before the last LayerNorm:
+    backbone.forward_tokens(images, norm=False)[:, 1:].mean(dim=1). Raises BadFile.
     """
     content = read_file(path)
     try:

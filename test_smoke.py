@@ -938,8 +938,11 @@ def bad(trained):
     root = trained / "bad"
     for folder, number in (("empty", 0), ("one/train/a", 8), ("one/val/a", 8), ("black/train", 16)):
         save_images(root / folder, number)
-    for folder in ("other/train", "other/val", "broken/train", "broken/val"):
+    for folder in ("other/train", "other/val", "broken/train", "broken/val", "hollow/train", "hollow/val",
+                   "val_only/val"):
         shutil.copytree("images/val", root / folder)
+    for path in (root / "hollow/val/c").iterdir():
+        path.unlink()
     shutil.move(root / "other/val/c", root / "other/val/d")
     for path in ("train/a/00.png", "val/b/bro\nken.png"):
         (root / "broken" / path).write_text("no image")
@@ -1012,8 +1015,9 @@ def contents(folder):
     (energy, "energy", [], 32, "psnr_color_2", ["energy/eval_color.png"]),
     (energy, "energy", ["--corrupt", "sr", "--energy_steps", 3], 32, "psnr_sr_3", ["energy/eval_sr.png"]),
     (cim, "cim", [], 32, "auc", ["cim/eval.png"]), (finetune, "classify", [], 37, "top5", []),
+    (finetune, "classify", ["--data", "bad/val_only"], 37, "top5", []),
     (finetune, "segment", ["--data", "masked"], 5, "miou", [])])
-def test_evaluation_repeats_the_log_and_changes_nothing(script, folder, flags, number, key, picture, trained):
+def test_evaluation_repeats_the_log_and_changes_nothing(script, folder, flags, number, key, picture, bad):
     files = contents(folder)
     out = run_here(script, "--eval_only", "--output_dir", folder, *flags)
     measured = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
@@ -1032,6 +1036,9 @@ def test_tokenizer_and_frozen_generator_of_another_run(trained, tmp_path, monkey
     changed = different(weights("cim"), weights(tmp_path))
     assert changed and not [key for key in changed if key.startswith("generator.")]
     assert different(weights("cim", "dvae.pt"), weights(tmp_path, "dvae.pt")) == []        # of its tokens
+    shutil.copy("cim/checkpoint.pt", tmp_path / "moved.pt")
+    run_here(cim, *flags, "--freeze_generator", tmp_path / "moved.pt", "--tokenizer_dir", "cim",
+             "--output_dir", tmp_path / "new")
 
 @cases("script,flags,trained_parts", [
     (energy, ["--corrupt", "denoise"], {"backbone", "head", "log_alpha"}),
@@ -1133,10 +1140,11 @@ DONE = ["--init", "classify/checkpoint.pt", "--eval_only"]
     (finetune, ["--init", "bad/list.pt", *VIT], "--init list.pt"),
     (finetune, [*INIT, "--eval_only"], "--eval_only checkpoint.pt finetune.py"),
     (finetune, [*DONE, "--img_size", 64], "--eval_only --img_size 16"),
-    (finetune, [*DONE, "--data", "shapes"], "classes checkpoint missing: a, b, c; added: plain"),
+    (finetune, [*DONE, "--data", "shapes"], "classes checkpoint missing: a, b, c; many: plain"),
     (finetune, [*VIT, "--head_norm", "batch", "--batch_size", 1], "vit_nano --batch_size 1"),
-    (finetune, ["--data", "bad/other"], "classes training images missing: c; added: d"),
-    (finetune, ["--data", "bad/one"], "images of 1 classes at least two"),
+    (finetune, ["--data", "bad/other"], "classes training images missing: c; many: d"),
+    (finetune, ["--data", "bad/one"], "bad/one/train has 1 class folders two"),
+    (finetune, ["--data", "bad/hollow"], "bad/hollow/val/c no image files"),
     (finetune, [*SEGMENT, *VIT, "--num_classes", 2], "label 3 --num_classes 2"),
     (finetune, [*SEGMENT, *VIT, "--data", "nowhere"], "nowhere/images/ no image files"),
     (finetune, [*SEGMENT, *VIT, "--data", "bad/sizes", "--num_workers", 1], ".png (7, 9)")])
