@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -173,8 +173,8 @@ class ClassFolders(Images):
         self.targets = [labels[path[len(folder) + 1:].split("/")[0]] for path in self.paths]
         empty = sorted(set(labels.values()) - set(self.targets))
         if empty:
-            raise BadInput(f"no image files in the class folder {folder}/{self.classes[empty[0]]}: add some, or "
-                           "remove it")
+            raise BadInput(f"no image files in the class folder {folder}/{self.classes[empty[0]]}: add some, "
+                           "or remove it")
 
     def __getitem__(self, index):
         return super().__getitem__(index)[0], self.targets[index]
@@ -340,29 +340,24 @@ class Segmentation(Images):
         return image, tv_tensors.Mask(mask)
 
 
-class Readable(Dataset):
-    """For --check_data: index -> the error that an item of `dataset` raises, or an empty text."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        try:
-            self.dataset[index]
-        except BadInput as error:
-            return str(error)
-        return ""
+def find_error(dataset, index):
+    """-> the error that dataset[index] raises, or an empty text."""
+    try:
+        dataset[index]
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 def check_data(args, *datasets):
     """With --check_data, opens every image and prints what is wrong with any. Raises BadInput if one is."""
     if not args.check_data or not is_first():
         return
-    errors = [error for dataset in datasets for error in
-              DataLoader(Readable(dataset), batch_size=None, num_workers=args.num_workers) if error]
+    errors = []
+    for dataset in datasets:                                         # the loader's workers open the images
+        loader = DataLoader(range(len(dataset)), batch_size=None, num_workers=args.num_workers,
+                            collate_fn=partial(find_error, dataset))
+        errors += [error for error in loader if error]
     print(*errors, f"{sum(map(len, datasets))} images were opened, {len(errors)} could not be used",
           sep="\n", flush=True)
     if errors:
@@ -587,11 +582,6 @@ def grid_mask(images, generator, cell, ratio):
     return mask.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
 
-def mask_grid(images, generator, cell, ratio):
-    """Blanks the cells of `grid_mask`."""
-    return images.masked_fill(grid_mask(images, generator, cell, ratio), 0)
-
-
 def random_rectangles(images, generator, count, area):
     """-> (B, 1, H, W), True = corrupted: `count` rectangles, area U(*area), aspect ratio U(0.5, 2) (Table 1).
 
@@ -615,9 +605,9 @@ def random_rectangles(images, generator, count, area):
     return (rows.transpose(1, 2) @ columns > 0)[:, None]             # (B, 1, H, W)
 
 
-def mask_random(images, generator, count, area):
-    """Blanks the rectangles of `random_rectangles`."""
-    return images.masked_fill(random_rectangles(images, generator, count, area), 0)
+def blank(images, generator, mask, **options):
+    """Blanks the cells of mask=grid_mask or the rectangles of mask=random_rectangles, with their options."""
+    return images.masked_fill(mask(images, generator, **options), 0)
 
 
 def low_resolution(images, generator, scale):

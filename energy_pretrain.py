@@ -310,9 +310,11 @@ class AutoEncoder(nn.Module):
 
 def corrupt_pixels(images, generator, task, args):
     """Normalised images (B, 3, H, W) -> the same, corrupted by `task` (secs. 4.1, 4.2)."""
-    corruptions = {"grid": partial(data.mask_grid, cell=args.mask_cell, ratio=args.mask_ratio),
-                   "random_small": partial(data.mask_random, count=75, area=(0.01, 0.025)),
-                   "random_large": partial(data.mask_random, count=25, area=(0.02, 0.05)),
+    cells = partial(data.blank, mask=data.grid_mask)
+    rectangles = partial(data.blank, mask=data.random_rectangles)
+    corruptions = {"grid": partial(cells, cell=args.mask_cell, ratio=args.mask_ratio),
+                   "random_small": partial(rectangles, count=75, area=(0.01, 0.025)),
+                   "random_large": partial(rectangles, count=25, area=(0.02, 0.05)),
                    "sr": partial(data.low_resolution, scale=args.sr_scale),
                    "denoise": data.noise,
                    "color": data.gray}

@@ -310,7 +310,8 @@ def test_masks():
     assert (mask.sum(dim=(1, 2, 3)) == 48 * 16).all()                 # 48 of 64 cells, in every image
     assert torch.equal(mask, mask[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3))
     assert mask.float().mean(dim=0).sub(0.75).abs().max() < 0.2       # every cell as often as the others
-    assert torch.equal(data.mask_grid(NOISE, torch.Generator(), cell=4, ratio=0.75), NOISE * ~mask)
+    blanked = data.blank(NOISE, torch.Generator(), data.grid_mask, cell=4, ratio=0.75)
+    assert torch.equal(blanked, NOISE * ~mask)
     images = torch.ones(64, 3, 64, 64)
     one = data.random_rectangles(images, torch.Generator(), 1, (0.01, 0.025))[:, 0].float()
     height, width = (one.amax(dim=dim).sum(dim=1) for dim in (2, 1))
